@@ -1,0 +1,61 @@
+"""ALiBi decoders for Transformers: load, convert, prove and run every published ALiBi checkpoint.
+
+Importing the package registers `AlibiConfig` and the models with Transformers' Auto classes, and lets
+`AlibiForCausalLM.from_pretrained` read folders in an upstream layout (BLOOM, MPT, Falcon-RW). Nothing else happens.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from alibi_hf.model.configuration_alibi import AlibiConfig
+from alibi_hf.model.modeling_alibi import (
+    AlibiForCausalLM,
+    AlibiForQuestionAnswering,
+    AlibiForSequenceClassification,
+    AlibiForTokenClassification,
+    AlibiModel,
+    AlibiPreTrainedModel,
+)
+
+try:
+    __version__ = version("alibi-hf")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_AUTO_CLASSES = {
+    AutoModel: AlibiModel,
+    AutoModelForCausalLM: AlibiForCausalLM,
+    AutoModelForSequenceClassification: AlibiForSequenceClassification,
+    AutoModelForTokenClassification: AlibiForTokenClassification,
+    AutoModelForQuestionAnswering: AlibiForQuestionAnswering,
+}
+
+
+def _register() -> None:
+    AutoConfig.register("alibi", AlibiConfig, exist_ok=True)
+    AlibiConfig.register_for_auto_class()  # so that saving copies the code files beside the weights
+    for auto_class, model_class in _AUTO_CLASSES.items():
+        auto_class.register(AlibiConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+
+
+_register()
+
+__all__ = [
+    "AlibiConfig",
+    "AlibiForCausalLM",
+    "AlibiForQuestionAnswering",
+    "AlibiForSequenceClassification",
+    "AlibiForTokenClassification",
+    "AlibiModel",
+    "AlibiPreTrainedModel",
+    "__version__",
+]

@@ -1,0 +1,209 @@
+"""Slopes, positions and distances: everything that ALiBi adds to attention, in one place.
+
+* Slopes come from the closed form in float64 and are rounded to float32 once; they are never a buffer.
+* A distance is the number of unmasked tokens between query and key of one document; the bias is minus slope times
+  distance, in float32, whatever the dtype of the model.
+* `Distances` is made once a forward call and handed to every layer; the backends read nothing else.
+
+ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409, section 3; for head counts that are no power of
+two the authors' own interpolation (`attention_with_linear_biases`, `fairseq/models/transformer.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+# Added to a hidden score. Finite, so that a row with nothing to see stays finite (its output is set to zero after).
+MASKED = torch.finfo(torch.float32).min / 2
+
+
+def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> list[float]:
+    """Return the positive slope of each head, in float64.
+
+    With c the largest power of two not above `num_heads`, the first c heads have `2 ** (-bias_max * i / c)`, i = 1..c;
+    the others are taken between those: `2 ** (-bias_max * i / 2c)`, i = 1, 3, 5, ...
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-bias_max * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-bias_max * i / (2 * power)) for i in range(1, 2 * (num_heads - power), 2)]
+    return slopes + between
+
+
+def rounded_slopes(num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Return the slopes as Transformers' BLOOM and Falcon compute them: powers of a float32 base, float32 `[heads]`.
+
+    Source: `transformers/models/bloom/modeling_bloom.py`, `_get_alibi_slopes`.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+
+    def powers_of_base(count: int, stop: int, step: int) -> torch.Tensor:
+        base = torch.full((), 2 ** (-(2 ** -(math.log2(count) - 3))), dtype=torch.float32, device=device)
+        return torch.pow(base, torch.arange(1, stop, step, dtype=torch.int32, device=device))
+
+    slopes = powers_of_base(power, 1 + power, 1)
+    if power == num_heads:
+        return slopes
+    return torch.cat([slopes, powers_of_base(2 * power, 1 + 2 * (num_heads - power), 2)])
+
+
+def config_slopes(config: Any, device: torch.device | str | None = None) -> torch.Tensor:
+    """Return the slopes that `config` (an `AlibiConfig`) asks for, float32 `[num_attention_heads]`."""
+    heads = config.num_attention_heads
+    if not config.alibi:
+        return torch.zeros(heads, dtype=torch.float32, device=device)
+    if config.alibi_rounding != "exact":
+        slopes = rounded_slopes(heads, device)
+        return slopes.bfloat16().float() if config.alibi_rounding == "falcon" else slopes
+    exact = config.alibi_slopes if config.alibi_slopes is not None else alibi_slopes(heads, config.alibi_bias_max)
+    return torch.tensor(exact, dtype=torch.float64).to(device=device, dtype=torch.float32)
+
+
+def scaled_slopes(config: Any, key_length: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """Return `config_slopes` divided by `alibi_scaling`: a fixed factor, or `key_length / train_seq_len` where above one.
+
+    Source of the rule: Cerebras' BTLM and Jais, which divide by the total key length of the call.
+    """
+    slopes = config_slopes(config, device)
+    scaling = config.alibi_scaling
+    if scaling is None:
+        return slopes
+    if "factor" in scaling:
+        return slopes / scaling["factor"]
+    length = torch.as_tensor(key_length, dtype=torch.float32, device=device)
+    return slopes / (length / scaling["train_seq_len"]).clamp(min=1.0)
+
+
+def rounded_row(config: Any, slopes: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bias that upstream adds for each key, rounded as upstream rounds it, `[batch, heads, keys]`.
+
+    Args:
+        slopes: float32 `[heads]`, from `config_slopes`.
+        positions: int64 `[batch, keys]`, the position of each key, 0 where masked.
+        dtype: the model's dtype, in which upstream stores the bias.
+
+    Source: `build_alibi_tensor` of `modeling_bloom.py` and of `modeling_falcon.py`; Falcon multiplies in bfloat16 and then
+    divides by the square root of the head dimension.
+    """
+    if config.alibi_rounding == "bloom":
+        return (slopes[:, None] * positions[:, None]).to(dtype)
+    return (slopes[:, None].bfloat16() * positions[:, None]).to(dtype) / math.sqrt(config.head_dim)
+
+
+@dataclasses.dataclass
+class Distances:
+    """What separates the queries of one call from its keys; made once a call, read by every backend.
+
+    Attributes:
+        slopes: float32 `[heads]`, positive.
+        query_index: int64 `[queries]`, the index of each query among the keys; causality is `key <= query_index`.
+        num_keys: number of keys, a static cache's empty places included.
+        offset: index of the first query: an int, or a tensor with a static cache.
+        query_position, key_position: int64 `[batch or 1, queries or keys]`; None where they are the indices.
+        query_document, key_document: int64, same shapes; None where there is one document a row.
+        key_mask: bool `[batch, keys]`, True for a key that counts; None where all do.
+        custom_mask: the caller's own mask `[batch or 1, heads or 1, queries, keys]`, bool (True: visible) or float
+            (added); it then decides alone what is visible.
+        row: `[batch or 1, heads, keys]`, upstream's rounded bias; None in exact mode.
+        sqrt: the bias takes the square root of the distance.
+    """
+
+    slopes: torch.Tensor
+    query_index: torch.Tensor
+    num_keys: int
+    offset: int | torch.Tensor = 0
+    query_position: torch.Tensor | None = None
+    key_position: torch.Tensor | None = None
+    query_document: torch.Tensor | None = None
+    key_document: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    custom_mask: torch.Tensor | None = None
+    row: torch.Tensor | None = None
+    sqrt: bool = False
+    _kept: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def by_index(self) -> bool:
+        """True where bias and visibility are functions of `query_index - key_index` alone."""
+        special = (self.key_position, self.key_document, self.key_mask, self.custom_mask, self.row)
+        return all(value is None for value in special)
+
+    def heads(self, start: int, count: int) -> Distances:
+        """Return the distances of `count` heads from head `start` on: what one tensor-parallel rank needs."""
+        mask, row = self.custom_mask, self.row
+        if mask is not None and mask.shape[1] != 1:
+            mask = mask[:, start : start + count]
+        return dataclasses.replace(
+            self,
+            slopes=self.slopes[start : start + count],
+            custom_mask=mask,
+            row=None if row is None else row[:, start : start + count],
+            _kept={},
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Distances:
+        """Return the same distances with every tensor on `device`; accelerate's device hooks call this."""
+        if self.slopes.device == torch.device(device):
+            return self
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved, _kept={})
+
+    def bias(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`, for query - key, int `[batch or 1, q, k]`."""
+        distance = delta[:, None].to(torch.float32)
+        if self.sqrt:
+            distance = distance.clamp(min=0).sqrt()
+        return -self.slopes[:, None, None] * distance
+
+    def block(self, start: int, stop: int, num_keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what is added to the scores of queries `start..stop` against the first `num_keys` keys.
+
+        Returns:
+            bias: float32 (float64 where the caller's mask is) `[batch or 1, heads, stop - start, num_keys]`, `MASKED`
+                where hidden.
+            blind: bool `[batch or 1, heads or 1, stop - start, 1]`, True for queries that see no key at all; None where
+                there cannot be any.
+        """
+        whole = (stop - start, num_keys) == (1, self.num_keys)
+        if whole and (start, stop) in self._kept:
+            return self._kept[start, stop]
+        bias = self._block_bias(start, stop, num_keys)
+        visible = self._block_visible(start, stop, num_keys)
+        if self.custom_mask is not None and self.custom_mask.dtype != torch.bool:
+            bias = bias + self.custom_mask[:, :, start:stop, :num_keys]
+        bias = bias.masked_fill(~visible, MASKED)
+        sure = self.key_mask is None and self.custom_mask is None  # a query always sees itself
+        result = bias, None if sure else ~visible.any(-1, keepdim=True)
+        if whole:  # one query: small, and the same for all layers
+            self._kept[start, stop] = result
+        return result
+
+    def _block_bias(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
+        if self.row is not None:
+            return self.row[:, :, None, :num_keys].float()
+        query, key = self.query_position, self.key_position
+        if query is None or key is None:
+            query, key = self.query_index[None], torch.arange(num_keys, device=self.slopes.device)[None]
+        return self.bias(query[:, start:stop, None] - key[:, None, :num_keys])
+
+    def _block_visible(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
+        """Return which keys the queries see, bool `[batch or 1, heads or 1, stop - start, num_keys]`."""
+        if self.custom_mask is not None:
+            mask = self.custom_mask[:, :, start:stop, :num_keys]
+            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        key_index = torch.arange(num_keys, device=self.slopes.device)
+        visible = (key_index <= self.query_index[start:stop, None])[None, None]
+        if self.key_mask is not None:
+            visible = visible & self.key_mask[:, None, None, :num_keys]
+        if self.query_document is not None and self.key_document is not None:
+            same = self.query_document[:, start:stop, None] == self.key_document[:, None, :num_keys]
+            visible = visible & same[:, None]
+        return visible

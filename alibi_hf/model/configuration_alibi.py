@@ -1,0 +1,233 @@
+"""`AlibiConfig`: one configuration for every decoder with ALiBi positions.
+
+* Field names are Transformers' standard ones; every upstream family is expressed by these fields alone.
+* Slopes are never stored unless `alibi_slopes` says so: they follow from `num_attention_heads` and `alibi_bias_max`.
+* `max_position_embeddings` is the length the model was trained at: information, never a ceiling.
+* A saved configuration names all six Auto classes, so that any head loads from the folder with `trust_remote_code=True`.
+
+ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409.
+"""
+
+import math
+import os
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_alibi.AlibiConfig",
+    "AutoModel": "modeling_alibi.AlibiModel",
+    "AutoModelForCausalLM": "modeling_alibi.AlibiForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_alibi.AlibiForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_alibi.AlibiForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_alibi.AlibiForQuestionAnswering",
+}
+
+# Fields whose feature is not built yet: the default is accepted, any other value is refused by name.
+RESERVED = {
+    "learned_positions": False,
+    "sinusoidal_positions": False,
+    "rope_parameters": None,
+    "attention_window": False,
+    "attention_window_eps": None,
+}
+
+
+@strict
+class AlibiConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`AlibiModel`] and its heads.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): rows of the embedding, padding rows included.
+        hidden_size (`int`, defaults to 2048): width of the residual stream.
+        intermediate_size (`int`, *optional*): width of the MLP; `4 * hidden_size` if not given.
+        num_hidden_layers (`int`, defaults to 24): decoder layers.
+        num_attention_heads (`int`, defaults to 16): query heads; any number, powers of two or not.
+        num_key_value_heads (`int`, *optional*): key/value heads, a divisor of the query heads; all of them if not given.
+        head_dim (`int`, *optional*): width of one head; `hidden_size / num_attention_heads` if not given.
+        max_position_embeddings (`int`, defaults to 2048): training length in tokens; longer inputs are allowed.
+        norm_type (`"layer_norm"` or `"rms_norm"`): which norm; with `norm_eps` and, for layer norm, `norm_bias`.
+        embedding_norm (`bool`): a norm right after the embedding (BLOOM).
+        residual_from_norm (`bool`): the residual branches off after the norm (BLOOM's
+            `apply_residual_connection_post_layernorm`).
+        attention_bias, attention_out_bias, mlp_bias (`bool`): biases of q/k/v, of the output projection and of the MLP.
+        mlp_type (`"plain"` or `"gated"`): `down(act(up(x)))` or `down(act(gate(x)) * up(x))`, with `hidden_act`.
+        clip_qkv (`float`, *optional*): queries, keys and values are clamped to this absolute value.
+        qk_norm (`"full"` or `"head"`, *optional*): a norm on queries and keys, over all heads together or per head.
+        attention_scale (`float`, *optional*): factor on the scores; `1 / sqrt(head_dim)` if not given.
+        embedding_scale, logit_scale (`float`, *optional*): factors on the embeddings and on the logits.
+        attn_logit_softcapping, final_logit_softcapping (`float`, *optional*): `cap * tanh(x / cap)` on scores and logits.
+        alibi (`bool`, defaults to `True`): without it the decoder has no positions at all.
+        alibi_bias_max (`int` or `float`, defaults to 8): the slopes are `2 ** (-alibi_bias_max * i / heads)`.
+        alibi_slopes (`list[float]`, *optional*): one positive slope a query head, used instead of the formula.
+        alibi_distance (`"linear"` or `"sqrt"`): the bias is minus slope times distance, or times its square root.
+        alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` or `{"type": "linear", "train_seq_len": n}`
+            divides the slopes by `f`, or by `key length / n` once the key length passes `n`.
+        alibi_rounding (`"exact"`, `"bloom"` or `"falcon"`): `"exact"` is ALiBi in float32 on relative distances; the
+            others round slopes and bias bit for bit as Transformers' class of that family does.
+        attention_dropout, hidden_dropout, embedding_dropout (`float`): dropout in training.
+        initializer_range (`float`): standard deviation of new weights.
+        learned_positions, sinusoidal_positions, rope_parameters, attention_window, attention_window_eps: reserved;
+            only their defaults are accepted.
+
+    Raises:
+        StrictDataclassFieldValidationError: where a field has the wrong type or none of the accepted values.
+        StrictDataclassClassValidationError: where fields contradict each other, or a reserved one is set.
+    """
+
+    model_type = "alibi"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float | int = 1e-5
+    norm_bias: bool = True
+    embedding_norm: bool = False
+    residual_from_norm: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    mlp_type: Literal["plain", "gated"] = "plain"
+    hidden_act: str = "gelu"
+    clip_qkv: float | int | None = None
+    qk_norm: Literal["full", "head"] | None = None
+    attention_scale: float | int | None = None
+    embedding_scale: float | int | None = None
+    logit_scale: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    tie_word_embeddings: bool = True
+    alibi: bool = True
+    alibi_bias_max: float | int = 8
+    alibi_slopes: list | None = None
+    alibi_distance: Literal["linear", "sqrt"] = "linear"
+    alibi_scaling: dict | None = None
+    alibi_rounding: Literal["exact", "bloom", "falcon"] = "exact"
+    learned_positions: bool = False
+    sinusoidal_positions: bool = False
+    rope_parameters: dict | None = None
+    attention_window: bool = False
+    attention_window_eps: float | int | None = None
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        rope_parameters = self.rope_parameters
+        super().__post_init__(**kwargs)
+        self.rope_parameters = rope_parameters  # Transformers fills in a default RoPE wherever the field exists
+
+    def validate_architecture(self) -> None:
+        """Refuse fields that contradict each other; part of the strict validation.
+
+        Raises:
+            ValueError: naming the fields, their values, and what would be accepted.
+        """
+        self._validate_sizes()
+        self._validate_alibi()
+        for name, default in RESERVED.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported by this version; only {default!r} is accepted."
+                )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that Transformers knows.")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps={self.norm_eps} must be positive.")
+
+    def _validate_sizes(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        for name in sizes:
+            if getattr(self, name) is None or getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive integer.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+
+    def _validate_alibi(self) -> None:
+        if self.alibi_bias_max <= 0:
+            raise ValueError(f"alibi_bias_max={self.alibi_bias_max} must be positive.")
+        if self.alibi_slopes is not None:
+            if len(self.alibi_slopes) != self.num_attention_heads:
+                raise ValueError(
+                    f"alibi_slopes has {len(self.alibi_slopes)} entries, num_attention_heads is "
+                    f"{self.num_attention_heads}; give one slope a query head."
+                )
+            if not all(math.isfinite(slope) and slope >= 0 for slope in self.alibi_slopes):
+                raise ValueError(f"alibi_slopes must be finite and not negative, found {self.alibi_slopes}.")
+        if self.alibi_rounding != "exact" and (self.alibi_distance != "linear" or self.alibi_scaling is not None):
+            raise ValueError(
+                f"alibi_rounding={self.alibi_rounding!r} reproduces plain linear ALiBi; it cannot be combined with "
+                f"alibi_distance={self.alibi_distance!r} and alibi_scaling={self.alibi_scaling!r}."
+            )
+        self._validate_alibi_scaling()
+
+    def _validate_alibi_scaling(self) -> None:
+        scaling = self.alibi_scaling
+        if scaling is None:
+            return
+        value = scaling.get("factor", scaling.get("train_seq_len"))
+        named = set(scaling) in ({"type", "factor"}, {"type", "train_seq_len"})
+        if not named or scaling["type"] != "linear" or not isinstance(value, (int, float)) or value <= 1:
+            raise ValueError(
+                f'alibi_scaling={scaling!r} must be {{"type": "linear", "factor": more than 1}} or '
+                f'{{"type": "linear", "train_seq_len": more than 1}}.'
+            )
+
+    def validate_output_attentions(self) -> None:
+        """Accept `output_attentions` with every backend: the weights are computed beside the output."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`; its auto_map names the code files beside it, wherever this object was loaded from."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["AlibiConfig"]

@@ -1,0 +1,189 @@
+"""Attention with an explicit bias: eager, and the row, ramp and block forms over fused scaled-dot-product attention.
+
+* eager holds all scores `[batch, heads, queries, keys]`; it runs in float64 too and is the oracle of the others.
+* row: one query, or few tokens in 16 bits; the bias is one row of keys.
+* ramp: bias and causality are functions of query - key alone. With the queries of a chunk in reverse order, the bias of
+  the chunk is a Hankel matrix: a strided view of one line of `keys + chunk` numbers a head. Distances stay exact.
+* block: anything else (padding, documents, custom masks), chunk by chunk, so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn import functional as F
+
+from .bias_alibi import MASKED, Distances
+from .positions_alibi import is_tracing
+
+CHUNK = 256  # queries whose bias is in memory at a time
+BLOCK_BYTES = 64 * 2**20  # memory that the bias of a chunk may take in the block form
+ROW_TOKENS = 4096  # past this length absolute positions cost more than 16-bit rounding does
+
+
+def soft_cap(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return `cap * tanh(scores / cap)`, or the scores where there is no cap."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def eager_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    distances: Distances,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention output `[batch, heads, queries, dim]` and weights `[batch, heads, queries, keys]`.
+
+    Scores are formed in the model's dtype, bias and softmax in float32 (float64 for a float64 model).
+
+    Args:
+        query: `[batch, heads, queries, dim]`; key, value: `[batch, key/value heads, keys, dim]`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = soft_cap(scores.to(torch.promote_types(scores.dtype, torch.float32)), softcap)
+    bias, blind = distances.block(0, query.shape[2], key.shape[2])
+    weights = torch.softmax(scores + bias, dim=-1).to(query.dtype)
+    if blind is not None:
+        weights = weights.masked_fill(blind, 0.0)
+    output = torch.matmul(F.dropout(weights, p=dropout), value)
+    return output, weights
+
+
+def sdpa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    distances: Distances,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Return attention output `[batch, heads, queries, dim]` by the form that fits; shapes as for `eager_attention`."""
+    form = {"row": _row, "ramp": _ramp, "block": _block}[choose_form(query, distances, dropout)]
+    return form(query, key, value, distances, scaling, dropout)
+
+
+def choose_form(query: torch.Tensor, distances: Distances, dropout: float) -> str:
+    """Return "row", "ramp" or "block"."""
+    if query.shape[2] > 1 and _row_fits(query, distances, dropout):
+        return "row"
+    if distances.by_index and query.shape[2] > 1:
+        return "ramp"
+    return "block"
+
+
+def _row_fits(query: torch.Tensor, distances: Distances, dropout: float) -> bool:
+    """True where a row of absolute positions, with the kernel's own causality, loses nothing in 16 bits."""
+    padded_only = distances.custom_mask is None and distances.query_document is None and distances.row is None
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.device.type == "cpu"
+        and padded_only
+        and not distances.sqrt
+        and not is_tracing()
+        and dropout == 0.0
+        and query.shape[2] == distances.num_keys <= ROW_TOKENS
+        and fused_row_is_causal()
+    )
+
+
+@functools.cache
+def fused_row_is_causal() -> bool:
+    """True if fused attention takes a mask together with `is_causal`, forward and backward: undocumented, so checked once."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad(), torch.inference_mode(False), torch.device("cpu"):
+        query, key, value = (torch.randn(1, 2, 9, 16, generator=generator).requires_grad_() for _ in range(3))
+        row = torch.randn(1, 2, 1, 9, generator=generator)
+        hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        weights = (query @ key.transpose(2, 3) / 4 + row).masked_fill(hidden, -torch.inf).softmax(-1)
+        truth = torch.autograd.grad((weights @ value).square().sum(), (query, key, value))
+        try:
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=row, is_causal=True)
+            found = torch.autograd.grad(output.square().sum(), (query, key, value))
+        except RuntimeError:
+            return False
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(truth, found, strict=True))
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, dropout: float
+) -> torch.Tensor:
+    if query.dtype == torch.float64:
+        bias = bias.double()
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
+) -> torch.Tensor:
+    last = distances.num_keys - 1  # seen from the last query, the row differs from the others' only by a constant
+    bias, _ = distances.block(last, last + 1, distances.num_keys)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    if distances.key_mask is None:
+        return output
+    seen = distances.key_mask.cumsum(-1) > 0  # queries before the first unmasked key see nothing
+    return output.masked_fill(~seen[:, None, :, None], 0.0)
+
+
+def _ramp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
+) -> torch.Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    if is_tracing():  # one chunk: a loop over chunks would be unrolled, and the offset may be a tensor
+        ramp = _ramp_line(distances, queries, keys, distances.offset)
+        return _ramp_chunk(query, key, value, ramp, scaling, dropout)
+    offset = int(distances.offset)
+    line = _ramp_line(distances, CHUNK, keys, keys - CHUNK)  # covers every chunk: its last query at the last key
+    outputs = []
+    for start in range(0, queries, CHUNK):
+        stop = min(start + CHUNK, queries)
+        seen = offset + stop  # causality: no later key matters
+        ramp = line[:, keys - seen : keys - seen + (stop - start) + seen - 1]
+        outputs.append(
+            _ramp_chunk(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], ramp, scaling, dropout)
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _ramp_line(distances: Distances, queries: int, keys: int, offset: int | torch.Tensor) -> torch.Tensor:
+    """Return the bias by (reversed query + key), float32 `[heads, queries + keys - 1]`; key after query is masked.
+
+    Entry s belongs to the distance `offset + queries - 1 - s`.
+    """
+    places = torch.arange(queries + keys - 1, device=distances.slopes.device)
+    delta = offset + queries - 1 - places
+    bias = distances.bias(delta[None, None])[0, :, 0]
+    return bias.masked_fill(delta < 0, MASKED)
+
+
+def _ramp_chunk(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ramp: torch.Tensor, scaling: float, dropout: float
+) -> torch.Tensor:
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    if query.dtype == torch.float64:
+        ramp = ramp.double()
+    bias = ramp.as_strided((1, heads, queries, keys), (0, ramp.stride(0), 1, 1))
+    return _attend(query.flip(2), key, value, bias, scaling, dropout).flip(2)
+
+
+def _block(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
+) -> torch.Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    chunk = queries if is_tracing() else max(1, min(CHUNK, BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * keys)))
+    outputs = []
+    for start in range(0, queries, chunk):
+        stop = min(start + chunk, queries)
+        bias, blind = distances.block(start, stop, keys)
+        output = _attend(query[:, :, start:stop], key, value, bias, scaling, dropout)
+        outputs.append(output if blind is None else output.masked_fill(blind, 0.0))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,0 +1,140 @@
+"""FlexAttention with ALiBi as an analytic score_mod: nothing of the size of the scores is built on a GPU.
+
+On CUDA the kernel is compiled once. On CPU FlexAttention has no backward, and runs uncompiled (it holds the scores, as eager
+does) unless the model itself is being compiled.
+
+Source of the interface: PyTorch, `torch.nn.attention.flex_attention`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from .bias_alibi import Distances
+from .dense_alibi import soft_cap
+from .positions_alibi import is_tracing
+
+
+def flex_alibi(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    distances: Distances,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Return attention output `[batch, heads, queries, dim]`; shapes as for `dense_alibi.eager_attention`.
+
+    Raises:
+        ValueError: with dropout, which FlexAttention does not have.
+    """
+    if dropout > 0:
+        raise ValueError(f"flex_attention has no dropout, attention_dropout is {dropout}; use 'sdpa' or 'eager'.")
+    output = _kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=_score_mod(distances, softcap),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    blind = _blind_rows(distances)
+    return output if blind is None else output.masked_fill(blind, 0.0)
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=None)
+
+
+def _kernel(device: str) -> Callable[..., torch.Tensor]:
+    if device == "cuda" and not is_tracing():
+        return _compiled()
+    return flex_attention if is_tracing() else _uncompiled
+
+
+def _uncompiled(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*without torch.compile.*")
+        return flex_attention(*args, **kwargs)
+
+
+def _score_mod(distances: Distances, softcap: float | None) -> Callable[..., torch.Tensor]:
+    """Return the score_mod: soft cap, bias, and minus infinity for what the query does not see."""
+    visible, bias = _visible_mod(distances), _bias_mod(distances)
+    mask = distances.custom_mask
+    added = mask if mask is not None and mask.dtype != torch.bool else None
+
+    def score_mod(
+        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        score = soft_cap(score, softcap) + bias(b, h, q, k)
+        if added is not None:
+            score = score + added[_at(added, 0, b), _at(added, 1, h), q, k]
+        return torch.where(visible(b, h, q, k), score, -torch.inf)
+
+    return score_mod
+
+
+def _at(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor | int:
+    """Return the index into a dimension that may be broadcast."""
+    return index if tensor.shape[dim] > 1 else index * 0
+
+
+def _bias_mod(distances: Distances) -> Callable[..., torch.Tensor]:
+    slopes, query, key, row = distances.slopes, distances.query_position, distances.key_position, distances.row
+    query_index = distances.query_index
+
+    def rounded(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return row[_at(row, 0, b), h, k].float()
+
+    def by_position(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return of_distance(h, query[_at(query, 0, b), q] - key[_at(key, 0, b), k])
+
+    def by_index(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return of_distance(h, query_index[q] - k)
+
+    def of_distance(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        distance = delta.to(torch.float32)
+        return -slopes[h] * (distance.clamp(min=0).sqrt() if distances.sqrt else distance)
+
+    if row is not None:
+        return rounded
+    return by_index if key is None else by_position
+
+
+def _visible_mod(distances: Distances) -> Callable[..., torch.Tensor]:
+    mask, query_index, key_mask = distances.custom_mask, distances.query_index, distances.key_mask
+    query_document, key_document = distances.query_document, distances.key_document
+
+    def custom(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        entry = mask[_at(mask, 0, b), _at(mask, 1, h), q, k]
+        return entry if mask.dtype == torch.bool else entry > torch.finfo(mask.dtype).min
+
+    def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        visible = k <= query_index[q]
+        if key_mask is not None:
+            visible = visible & key_mask[b, k]
+        if query_document is not None and key_document is not None:
+            same = query_document[_at(query_document, 0, b), q] == key_document[_at(key_document, 0, b), k]
+            visible = visible & same
+        return visible
+
+    return causal if mask is None else custom
+
+
+def _blind_rows(distances: Distances) -> torch.Tensor | None:
+    """Return which queries see no key, bool `[batch or 1, heads or 1, queries, 1]`; None where there cannot be any."""
+    mask = distances.custom_mask
+    if mask is not None:
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        return ~visible.any(-1, keepdim=True)
+    if distances.key_mask is None:
+        return None
+    return (distances.key_mask.cumsum(-1) == 0)[:, distances.query_index][:, None, :, None]

@@ -1,0 +1,148 @@
+"""The parts of a decoder layer: norms, MLP, attention and the layer itself, each built once from the config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_alibi import ALL_ATTENTION_FUNCTIONS, check_attention, eager_attention_forward
+from .bias_alibi import Distances
+
+
+def make_norm(config: Any, size: int | None = None) -> nn.Module:
+    """Return the norm that `config` asks for, over `size` (default: `hidden_size`) features."""
+    size = size or config.hidden_size
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class AlibiMLP(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where `mlp_type` is "gated"."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.mlp_type == "gated" else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `[batch, tokens, hidden]` to the same shape."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class AlibiAttention(nn.Module):
+    """Causal attention with an ALiBi bias; multi-head, grouped-query or multi-query."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
+        self.is_causal = True
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        per_head = config.qk_norm == "head"
+        self.q_norm = make_norm(config, self.head_dim if per_head else queries) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim if per_head else keys) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        distances: Distances,
+        past_key_values: Any | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output `[batch, queries, hidden]` and the weights `[batch, heads, queries, keys]` or None."""
+        query, key, value = self.project(hidden_states)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        check_attention(self.config._attn_implementation)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        wants_weights = kwargs.pop("output_attentions", None)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            None,
+            distances=self.local_distances(distances, query.shape[1]),
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            softcap=self.config.attn_logit_softcapping,
+            output_attentions=self.config.output_attentions if wants_weights is None else wants_weights,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query, key and value, `[batch, heads, tokens, head_dim]`; clamped first, then normed, as in llm-foundry."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if (clip := self.config.clip_qkv) is not None:
+            query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
+        if self.config.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (states.view(shape).transpose(1, 2) for states in (query, key, value))
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def local_distances(self, distances: Distances, heads: int) -> Distances:
+        """Return the distances of the heads on this rank: slopes belong to the global head, also when heads are sharded.
+
+        Raises:
+            ValueError: where the shard of q_proj says nothing about which heads it holds.
+        """
+        if heads == self.config.num_attention_heads:
+            return distances
+        mesh = getattr(self.q_proj.weight, "device_mesh", None)  # only a DTensor has one
+        if mesh is None:
+            raise ValueError(
+                f"This rank computes {heads} of {self.config.num_attention_heads} heads, but q_proj is no sharded "
+                "tensor that tells which; shard the model with Transformers' tensor parallel plan."
+            )
+        return distances.heads(mesh.get_local_rank(mesh.ndim - 1) * heads, heads)  # tp is the last mesh dimension
+
+
+class AlibiDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = AlibiAttention(config, layer_idx)
+        self.mlp = AlibiMLP(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.residual_dropout = nn.Dropout(config.hidden_dropout)
+        self.residual_from_norm = config.residual_from_norm
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        distances: Distances,
+        past_key_values: Any | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map `[batch, tokens, hidden]` to the same shape."""
+        normed = self.input_layernorm(hidden_states)
+        residual = normed if self.residual_from_norm else hidden_states
+        attended, _ = self.self_attn(normed, distances=distances, past_key_values=past_key_values, **kwargs)
+        hidden_states = residual + self.residual_dropout(attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        residual = normed if self.residual_from_norm else hidden_states
+        return residual + self.residual_dropout(self.mlp(normed))

@@ -1,0 +1,398 @@
+"""The ALiBi decoder and its heads: causal language modelling, sequence and token classification, question answering.
+
+* One decoder for every family: what differs between them is in `AlibiConfig`, and is built once.
+* No ceiling on length, no position embeddings, no buffers: positions exist only as the `Distances` of a call.
+* Packed documents (position_ids that restart), padding anywhere, any cache and any chunking give the same answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_alibi import check_attention
+from .bias_alibi import Distances
+from .configuration_alibi import AlibiConfig
+from .dense_alibi import soft_cap
+from .layers_alibi import AlibiAttention, AlibiDecoderLayer, make_norm
+from .positions_alibi import find_documents, is_tracing, make_distances, make_paged_distances
+
+logger = logging.get_logger(__name__)
+
+
+class AlibiPreTrainedModel(PreTrainedModel):
+    """What all ALiBi models share: loading, initialisation, and what they declare to Transformers."""
+
+    config_class = AlibiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["AlibiDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # the stock path would drop the slopes
+    _supports_context_parallel = False  # it strips the mask
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": AlibiDecoderLayer, "attentions": AlibiAttention}
+
+    foreign_loader: Any = None
+    """Set by the installed `alibi_hf` package: loads a folder in an upstream layout, or returns None for our own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or Hub id in this model's layout; with `alibi_hf` installed, in an upstream layout too."""
+        if cls.foreign_loader is not None:
+            model = cls.foreign_loader(cls, pretrained_model_name_or_path, *args, **kwargs)
+            if model is not None:
+                return model
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """Refuse backends that would compute attention without the bias; the rest is Transformers' own check."""
+        check_attention(None if str(requested_attention).startswith("flash") else requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+
+    def _can_set_attn_implementation(self) -> bool:
+        return True  # the class that calls the interface lives in a file beside this one
+
+
+class AlibiModel(AlibiPreTrainedModel):
+    """The decoder without a head: hidden states after the last norm."""
+
+    def __init__(self, config: AlibiConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_norm = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.embed_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([AlibiDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the hidden states `[batch, tokens, hidden]` and the cache.
+
+        Args:
+            input_ids: `[batch, tokens]`; or `inputs_embeds`: `[batch, tokens, hidden]`, exactly one of the two.
+            attention_mask: `[batch, cached + tokens]`, nonzero where a token counts, or a 4-D mask
+                `[batch or 1, heads or 1, tokens, cached + tokens]`, bool (True: visible) or float (added).
+            position_ids: `[batch or 1, tokens]`; only where they step by something other than +1 do they matter: a new
+                document starts there. With a 4-D mask and one entry a key they are the positions.
+            past_key_values: a Transformers cache; `use_cache` makes one if there is none.
+
+        Raises:
+            ValueError: both or none of input_ids and inputs_embeds; a mask shorter than cache and tokens; documents
+                packed in one row together with a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_scale is not None:
+            hidden_states = hidden_states * self.config.embedding_scale
+
+        if kwargs.get("cache") is not None:
+            distances = make_paged_distances(self.config, hidden_states, kwargs, attention_mask)
+        else:
+            distances, past_key_values = self._distances(
+                hidden_states, attention_mask, position_ids, past_key_values, use_cache, kwargs
+            )
+        hidden_states = self.embed_dropout(self.embed_norm(hidden_states))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, distances=distances, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _distances(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Distances, Cache | None]:
+        """Return the distances of this call and the cache to use; packed documents get none."""
+        batch, queries, _ = embeds.shape
+        four = attention_mask is not None and attention_mask.dim() == 4
+        told = past_key_values is None or not is_tracing()  # while tracing, a cache means one document a row
+        documents = find_documents(position_ids, attention_mask, batch, queries, kwargs) if told and not four else None
+        if documents is not None and past_key_values is not None:
+            raise ValueError(
+                "position_ids mark several documents in one row, but a cache was passed, and a cache holds no document "
+                "ids; pass past_key_values=None, or one document a row."
+            )
+        if use_cache and past_key_values is None and documents is None:
+            past_key_values = DynamicCache(config=self.config)
+        elif use_cache and documents is not None and not is_tracing():
+            logger.warning_once("Several documents are packed in one row: no past_key_values are returned for them.")
+        first = next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
+        distances = make_distances(
+            self.config, embeds, attention_mask, position_ids, documents, past_key_values, first
+        )
+        self._note_length(distances)
+        return distances, past_key_values
+
+    def _note_length(self, distances: Distances) -> None:
+        if not is_tracing() and isinstance(distances.offset, int):
+            length, trained = distances.offset + distances.query_index.numel(), self.config.max_position_embeddings
+            if length > trained:
+                logger.warning_once(
+                    f"Reading past the training length of {trained} tokens: allowed, ALiBi is made for it."
+                )
+
+
+class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: AlibiConfig) -> None:
+        super().__init__(config)
+        self.model = AlibiModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def create_masks_for_generate(
+        self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Cache, **kwargs: Any
+    ) -> Any:
+        """Keep the 2-D mask that distances are counted on, padded to a static cache's length so that shapes stay fixed."""
+        if attention_mask is None or attention_mask.dim() == 4:
+            return attention_mask
+        missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[-1]
+        return nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits `[batch, kept tokens, vocab]`, and the loss where `labels` `[batch, tokens]` are given.
+
+        Labels are shifted inside; -100 is ignored. `logits_to_keep` is a number of last tokens (0: all) or indices. The
+        other arguments are those of [`AlibiModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if self.config.logit_scale is not None:
+            logits = logits * self.config.logit_scale
+        logits = soft_cap(logits, self.config.final_logit_softcapping)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class AlibiForSequenceClassification(AlibiPreTrainedModel):
+    """The decoder with a classifier on the last token of each row that is not padding."""
+
+    def __init__(self, config: AlibiConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AlibiModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Return logits `[batch, num_labels]`, and the loss where `labels` `[batch]` are given."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        last = self._last_tokens(outputs.last_hidden_state, input_ids, attention_mask)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(outputs.last_hidden_state[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=None, pooled_logits=logits, labels=labels, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_tokens(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the index of each row's last token that is neither masked nor `pad_token_id`, `[batch]`."""
+        batch, tokens, _ = hidden_states.shape
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
+        masked = attention_mask is not None and attention_mask.dim() == 2
+        if masked:
+            real &= attention_mask[:, -tokens:].to(real.device, torch.bool)
+        if self.config.pad_token_id is not None and input_ids is not None:
+            real &= input_ids.to(real.device) != self.config.pad_token_id
+        elif batch > 1 and not masked:
+            raise ValueError(
+                f"{batch} rows, but nothing says where each ends: pass attention_mask, or set config.pad_token_id "
+                "and pass input_ids."
+            )
+        return (torch.arange(tokens, device=real.device) * real).argmax(-1)
+
+
+class AlibiForTokenClassification(AlibiPreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+    def __init__(self, config: AlibiConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AlibiModel(config)
+        rate = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(config.hidden_dropout if rate is None else rate)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Return logits `[batch, tokens, num_labels]`, and the loss where `labels` `[batch, tokens]` are given."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class AlibiForQuestionAnswering(AlibiPreTrainedModel):
+    """The decoder with a start and an end score on every token."""
+
+    def __init__(self, config: AlibiConfig) -> None:
+        super().__init__(config)
+        self.model = AlibiModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Return start and end logits `[batch, tokens]`, and the loss where both positions `[batch]` are given."""
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "AlibiForCausalLM",
+    "AlibiForQuestionAnswering",
+    "AlibiForSequenceClassification",
+    "AlibiForTokenClassification",
+    "AlibiModel",
+    "AlibiPreTrainedModel",
+]

@@ -141,14 +141,7 @@ class AlibiModel(AlibiPreTrainedModel):
     ) -> tuple[Distances, Cache | None]:
         """Return the distances of this call and the cache to use; packed documents get none."""
         batch, queries, _ = embeds.shape
-        four = attention_mask is not None and attention_mask.dim() == 4
-        told = past_key_values is None or not is_tracing()  # while tracing, a cache means one document a row
-        documents = find_documents(position_ids, attention_mask, batch, queries, kwargs) if told and not four else None
-        if documents is not None and past_key_values is not None:
-            raise ValueError(
-                "position_ids mark several documents in one row, but a cache was passed, and a cache holds no document "
-                "ids; pass past_key_values=None, or one document a row."
-            )
+        documents = find_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
         if use_cache and past_key_values is None and documents is None:
             past_key_values = DynamicCache(config=self.config)
         elif use_cache and documents is not None and not is_tracing():

@@ -21,12 +21,40 @@ def is_tracing() -> bool:
 
 
 def find_documents(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, queries: int, kwargs: dict
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    queries: int,
+    past_key_values: Any | None,
+    kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """Return the document of each query, int64 `[batch or 1, queries]`, or None where a row is one document.
 
-    Read from `seq_idx`, else `cu_seq_lens_q` (both from `DataCollatorWithFlattening`), else `position_ids`.
+    Read from `seq_idx`, else `cu_seq_lens_q` (both from `DataCollatorWithFlattening`), else `position_ids`. A 4-D mask
+    separates documents by itself. While tracing, a cache means that a row is one document.
+
+    Raises:
+        ValueError: several documents in a row together with a cache.
     """
+    if (attention_mask is not None and attention_mask.dim() == 4) or (past_key_values is not None and is_tracing()):
+        return None
+    documents = _read_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
+    if documents is not None and past_key_values is not None:
+        raise ValueError(
+            "position_ids mark several documents in one row, but a cache was passed, and a cache holds no document "
+            "ids; pass past_key_values=None, or one document a row."
+        )
+    return documents
+
+
+def _read_documents(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    queries: int,
+    past_key_values: Any | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
     if kwargs.get("seq_idx") is not None:
         return kwargs["seq_idx"].long().expand(batch, queries)
     if kwargs.get("cu_seq_lens_q") is not None:
@@ -34,8 +62,11 @@ def find_documents(
         return torch.searchsorted(bounds, torch.arange(queries, device=bounds.device), right=True)[None]
     if position_ids is None or position_ids.shape[-1] != queries or queries == 1:
         return None
-    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    starts = document_starts(position_ids.expand(batch, queries), None if mask is None else mask[:, -queries:])
+    offset = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    mask = None if attention_mask is None else attention_mask[:, offset : offset + queries]
+    if mask is not None and mask.shape[1] < queries:
+        return None  # too short: refused where the distances are made
+    starts = document_starts(position_ids.expand(batch, queries), mask)
     if not is_tracing() and not starts.any():
         return None
     return starts.long().cumsum(-1)

@@ -15,6 +15,19 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from alibi_hf.checkpoints.conversion import Conversion
+from alibi_hf.checkpoints.convert import convert
+from alibi_hf.checkpoints.direct import install
+from alibi_hf.checkpoints.inspect import FamilyList, Inspection, inspect_checkpoint, list_families
+from alibi_hf.errors import (
+    AlibiError,
+    CheckpointFileError,
+    ConfigFieldError,
+    NotProvedError,
+    TensorError,
+    UnknownFamilyError,
+    UnsafeSourceError,
+)
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import (
     AlibiForCausalLM,
@@ -24,6 +37,7 @@ from alibi_hf.model.modeling_alibi import (
     AlibiModel,
     AlibiPreTrainedModel,
 )
+from alibi_hf.verification import NotEnoughMemoryError, Verification, verify
 
 try:
     __version__ = version("alibi-hf")
@@ -48,14 +62,31 @@ def _register() -> None:
 
 
 _register()
+install()
 
 __all__ = [
     "AlibiConfig",
+    "AlibiError",
     "AlibiForCausalLM",
     "AlibiForQuestionAnswering",
     "AlibiForSequenceClassification",
     "AlibiForTokenClassification",
     "AlibiModel",
     "AlibiPreTrainedModel",
+    "CheckpointFileError",
+    "ConfigFieldError",
+    "Conversion",
+    "FamilyList",
+    "Inspection",
+    "NotEnoughMemoryError",
+    "NotProvedError",
+    "TensorError",
+    "UnknownFamilyError",
+    "UnsafeSourceError",
+    "Verification",
     "__version__",
+    "convert",
+    "inspect_checkpoint",
+    "list_families",
+    "verify",
 ]

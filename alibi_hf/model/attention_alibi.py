@@ -86,7 +86,7 @@ def flex_attention_forward(
 def update_paged(
     module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store keys and values in the paged cache of `generate_batch`, where there is one, and return all that are read."""
+    """Store keys and values in the paged cache of `generate_batch`, if there is one, and return all that are read."""
     cache = kwargs.get("cache")
     if cache is None:
         return key, value

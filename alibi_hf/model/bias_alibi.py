@@ -5,8 +5,8 @@
   distance, in float32, whatever the dtype of the model.
 * `Distances` is made once a forward call and handed to every layer; the backends read nothing else.
 
-ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409, section 3; for head counts that are no power of
-two the authors' own interpolation (`attention_with_linear_biases`, `fairseq/models/transformer.py`).
+ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409, section 3; for head counts that are no power
+of two the authors' own interpolation (`attention_with_linear_biases`, `fairseq/models/transformer.py`).
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def config_slopes(config: Any, device: torch.device | str | None = None) -> torc
 
 
 def scaled_slopes(config: Any, key_length: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
-    """Return `config_slopes` divided by `alibi_scaling`: a fixed factor, or `key_length / train_seq_len` where above one.
+    """Return `config_slopes` divided by `alibi_scaling`, float32 `[num_attention_heads]`.
 
-    Source of the rule: Cerebras' BTLM and Jais, which divide by the total key length of the call.
+    The divisor is a fixed factor, or `key_length / train_seq_len` where that is above one. Source: Cerebras' BTLM and
+    Jais, which take the total key length of the call.
     """
     slopes = config_slopes(config, device)
     scaling = config.alibi_scaling
@@ -85,8 +86,8 @@ def rounded_row(config: Any, slopes: torch.Tensor, positions: torch.Tensor, dtyp
         positions: int64 `[batch, keys]`, the position of each key, 0 where masked.
         dtype: the model's dtype, in which upstream stores the bias.
 
-    Source: `build_alibi_tensor` of `modeling_bloom.py` and of `modeling_falcon.py`; Falcon multiplies in bfloat16 and then
-    divides by the square root of the head dimension.
+    Source: `build_alibi_tensor` of `modeling_bloom.py` and of `modeling_falcon.py`; Falcon multiplies in bfloat16 and
+    then divides by the square root of the head dimension.
     """
     if config.alibi_rounding == "bloom":
         return (slopes[:, None] * positions[:, None]).to(dtype)
@@ -149,7 +150,7 @@ class Distances:
         if self.slopes.device == torch.device(device):
             return self
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in values.items()
             if isinstance(value, torch.Tensor)
@@ -157,7 +158,11 @@ class Distances:
         return dataclasses.replace(self, **moved, _kept={})
 
     def bias(self, delta: torch.Tensor) -> torch.Tensor:
-        """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`, for query - key, int `[batch or 1, q, k]`."""
+        """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`.
+
+        Args:
+            delta: query position minus key position, int `[batch or 1, q, k]`.
+        """
         distance = delta[:, None].to(torch.float32)
         if self.sqrt:
             distance = distance.clamp(min=0).sqrt()

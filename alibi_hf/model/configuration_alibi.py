@@ -3,7 +3,7 @@
 * Field names are Transformers' standard ones; every upstream family is expressed by these fields alone.
 * Slopes are never stored unless `alibi_slopes` says so: they follow from `num_attention_heads` and `alibi_bias_max`.
 * `max_position_embeddings` is the length the model was trained at: information, never a ceiling.
-* A saved configuration names all six Auto classes, so that any head loads from the folder with `trust_remote_code=True`.
+* A saved configuration names all six Auto classes: any head loads from the folder with `trust_remote_code=True`.
 
 ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409.
 """
@@ -46,7 +46,7 @@ class AlibiConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*): width of the MLP; `4 * hidden_size` if not given.
         num_hidden_layers (`int`, defaults to 24): decoder layers.
         num_attention_heads (`int`, defaults to 16): query heads; any number, powers of two or not.
-        num_key_value_heads (`int`, *optional*): key/value heads, a divisor of the query heads; all of them if not given.
+        num_key_value_heads (`int`, *optional*): key/value heads, a divisor of the query heads; as many if not given.
         head_dim (`int`, *optional*): width of one head; `hidden_size / num_attention_heads` if not given.
         max_position_embeddings (`int`, defaults to 2048): training length in tokens; longer inputs are allowed.
         norm_type (`"layer_norm"` or `"rms_norm"`): which norm; with `norm_eps` and, for layer norm, `norm_bias`.
@@ -59,13 +59,13 @@ class AlibiConfig(PreTrainedConfig):
         qk_norm (`"full"` or `"head"`, *optional*): a norm on queries and keys, over all heads together or per head.
         attention_scale (`float`, *optional*): factor on the scores; `1 / sqrt(head_dim)` if not given.
         embedding_scale, logit_scale (`float`, *optional*): factors on the embeddings and on the logits.
-        attn_logit_softcapping, final_logit_softcapping (`float`, *optional*): `cap * tanh(x / cap)` on scores and logits.
+        attn_logit_softcapping, final_logit_softcapping (`float`, *optional*): `cap * tanh(x / cap)` on scores, logits.
         alibi (`bool`, defaults to `True`): without it the decoder has no positions at all.
         alibi_bias_max (`int` or `float`, defaults to 8): the slopes are `2 ** (-alibi_bias_max * i / heads)`.
         alibi_slopes (`list[float]`, *optional*): one positive slope a query head, used instead of the formula.
         alibi_distance (`"linear"` or `"sqrt"`): the bias is minus slope times distance, or times its square root.
-        alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` or `{"type": "linear", "train_seq_len": n}`
-            divides the slopes by `f`, or by `key length / n` once the key length passes `n`.
+        alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` divides the slopes by `f`;
+            `{"type": "linear", "train_seq_len": n}` by `key length / n` once the key length passes `n`.
         alibi_rounding (`"exact"`, `"bloom"` or `"falcon"`): `"exact"` is ALiBi in float32 on relative distances; the
             others round slopes and bias bit for bit as Transformers' class of that family does.
         attention_dropout, hidden_dropout, embedding_dropout (`float`): dropout in training.
@@ -185,7 +185,7 @@ class AlibiConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) is None or getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive integer.")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."

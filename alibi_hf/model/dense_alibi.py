@@ -94,7 +94,7 @@ def _row_fits(query: torch.Tensor, distances: Distances, dropout: float) -> bool
 
 @functools.cache
 def fused_row_is_causal() -> bool:
-    """True if fused attention takes a mask together with `is_causal`, forward and backward: undocumented, so checked once."""
+    """True if fused attention takes a mask together with `is_causal`: undocumented, so checked once, gradients too."""
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), torch.inference_mode(False), torch.device("cpu"):
         query, key, value = (torch.randn(1, 2, 9, 16, generator=generator).requires_grad_() for _ in range(3))
@@ -111,13 +111,27 @@ def fused_row_is_causal() -> bool:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    is_causal: bool = False,
 ) -> torch.Tensor:
     if query.dtype == torch.float64:
         bias = bias.double()
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 def _row(
@@ -125,9 +139,7 @@ def _row(
 ) -> torch.Tensor:
     last = distances.num_keys - 1  # seen from the last query, the row differs from the others' only by a constant
     bias, _ = distances.block(last, last + 1, distances.num_keys)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    output = _attend(query, key, value, bias, scaling, is_causal=True)
     if distances.key_mask is None:
         return output
     seen = distances.key_mask.cumsum(-1) > 0  # queries before the first unmasked key see nothing

@@ -1,7 +1,7 @@
 """FlexAttention with ALiBi as an analytic score_mod: nothing of the size of the scores is built on a GPU.
 
-On CUDA the kernel is compiled once. On CPU FlexAttention has no backward, and runs uncompiled (it holds the scores, as eager
-does) unless the model itself is being compiled.
+On CUDA the kernel is compiled once. On CPU FlexAttention has no backward, and runs uncompiled (it holds the scores, as
+eager does) unless the model itself is being compiled.
 
 Source of the interface: PyTorch, `torch.nn.attention.flex_attention`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -36,30 +37,31 @@ def flex_alibi(
     """
     if dropout > 0:
         raise ValueError(f"flex_attention has no dropout, attention_dropout is {dropout}; use 'sdpa' or 'eager'.")
-    output = _kernel(query.device.type)(
-        query,
-        key,
-        value,
-        score_mod=_score_mod(distances, softcap),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
+        output = _kernel(query.device.type)(
+            query,
+            key,
+            value,
+            score_mod=_score_mod(distances, softcap),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     blind = _blind_rows(distances)
     return output if blind is None else output.masked_fill(blind, 0.0)
 
 
-@functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=None)
-
-
 def _kernel(device: str) -> Callable[..., torch.Tensor]:
-    if device == "cuda" and not is_tracing():
-        return _compiled()
-    return flex_attention if is_tracing() else _uncompiled
+    if is_tracing():
+        return flex_attention
+    return _compiled() if device == "cuda" else _uncompiled
 
 
-def _uncompiled(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _uncompiled(*args: Any, **kwargs: Any) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*without torch.compile.*")
         return flex_attention(*args, **kwargs)
@@ -88,37 +90,28 @@ def _at(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor | i
 
 
 def _bias_mod(distances: Distances) -> Callable[..., torch.Tensor]:
+    """Return the function of (batch, head, query, key) that gives the bias."""
     slopes, query, key, row = distances.slopes, distances.query_position, distances.key_position, distances.row
-    query_index = distances.query_index
-
-    def rounded(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return row[_at(row, 0, b), h, k].float()
-
-    def by_position(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return of_distance(h, query[_at(query, 0, b), q] - key[_at(key, 0, b), k])
-
-    def by_index(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return of_distance(h, query_index[q] - k)
+    if row is not None:
+        return lambda b, h, q, k: row[_at(row, 0, b), h, k].float()
 
     def of_distance(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         distance = delta.to(torch.float32)
         return -slopes[h] * (distance.clamp(min=0).sqrt() if distances.sqrt else distance)
 
-    if row is not None:
-        return rounded
-    return by_index if key is None else by_position
+    if query is None or key is None:
+        return lambda b, h, q, k: of_distance(h, distances.query_index[q] - k)
+    return lambda b, h, q, k: of_distance(h, query[_at(query, 0, b), q] - key[_at(key, 0, b), k])
 
 
 def _visible_mod(distances: Distances) -> Callable[..., torch.Tensor]:
-    mask, query_index, key_mask = distances.custom_mask, distances.query_index, distances.key_mask
-    query_document, key_document = distances.query_document, distances.key_document
-
-    def custom(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        entry = mask[_at(mask, 0, b), _at(mask, 1, h), q, k]
-        return entry if mask.dtype == torch.bool else entry > torch.finfo(mask.dtype).min
+    """Return the function of (batch, head, query, key) that says whether the query sees the key."""
+    if distances.custom_mask is not None:
+        return _custom_mod(distances.custom_mask)
+    key_mask, query_document, key_document = distances.key_mask, distances.query_document, distances.key_document
 
     def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        visible = k <= query_index[q]
+        visible = k <= distances.query_index[q]
         if key_mask is not None:
             visible = visible & key_mask[b, k]
         if query_document is not None and key_document is not None:
@@ -126,7 +119,15 @@ def _visible_mod(distances: Distances) -> Callable[..., torch.Tensor]:
             visible = visible & same
         return visible
 
-    return causal if mask is None else custom
+    return causal
+
+
+def _custom_mod(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        entry = mask[_at(mask, 0, b), _at(mask, 1, h), q, k]
+        return entry if mask.dtype == torch.bool else entry > torch.finfo(mask.dtype).min
+
+    return visible
 
 
 def _blind_rows(distances: Distances) -> torch.Tensor | None:

@@ -90,7 +90,7 @@ class AlibiAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return query, key and value, `[batch, heads, tokens, head_dim]`; clamped first, then normed, as in llm-foundry."""
+        """Return query, key and value, `[batch, heads, tokens, head_dim]`; clamped, then normed, as in llm-foundry."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if (clip := self.config.clip_qkv) is not None:
             query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
@@ -100,10 +100,10 @@ class AlibiAttention(nn.Module):
         query, key, value = (states.view(shape).transpose(1, 2) for states in (query, key, value))
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        return query, key, value
+        return query.to(value.dtype), key.to(value.dtype), value  # under autocast norms give float32
 
     def local_distances(self, distances: Distances, heads: int) -> Distances:
-        """Return the distances of the heads on this rank: slopes belong to the global head, also when heads are sharded.
+        """Return the distances of the heads on this rank: slopes belong to the global head, sharded or not.
 
         Raises:
             ValueError: where the shard of q_proj says nothing about which heads it holds.

@@ -77,9 +77,9 @@ class AlibiModel(AlibiPreTrainedModel):
 
     def __init__(self, config: AlibiConfig) -> None:
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # No padding_idx: where the padding token is also the end token, as in GPT-2's vocabulary, it has to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.embed_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([AlibiDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -147,9 +147,7 @@ class AlibiModel(AlibiPreTrainedModel):
         elif use_cache and documents is not None and not is_tracing():
             logger.warning_once("Several documents are packed in one row: no past_key_values are returned for them.")
         first = next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
-        distances = make_distances(
-            self.config, embeds, attention_mask, position_ids, documents, past_key_values, first
-        )
+        distances = make_distances(self.config, embeds, attention_mask, position_ids, documents, past_key_values, first)
         self._note_length(distances)
         return distances, past_key_values
 
@@ -180,7 +178,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Cache, **kwargs: Any
     ) -> Any:
-        """Keep the 2-D mask that distances are counted on, padded to a static cache's length so that shapes stay fixed."""
+        """Keep the 2-D mask that distances are counted on, padded to a static cache's length: shapes stay fixed."""
         if attention_mask is None or attention_mask.dim() == 4:
             return attention_mask
         missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[-1]
@@ -282,12 +280,12 @@ class AlibiForSequenceClassification(AlibiPreTrainedModel):
         """Return the index of each row's last token that is neither masked nor `pad_token_id`, `[batch]`."""
         batch, tokens, _ = hidden_states.shape
         real = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
-        masked = attention_mask is not None and attention_mask.dim() == 2
-        if masked:
-            real &= attention_mask[:, -tokens:].to(real.device, torch.bool)
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if mask is not None:
+            real &= mask[:, -tokens:].to(real.device, torch.bool)
         if self.config.pad_token_id is not None and input_ids is not None:
             real &= input_ids.to(real.device) != self.config.pad_token_id
-        elif batch > 1 and not masked:
+        elif batch > 1 and mask is None:
             raise ValueError(
                 f"{batch} rows, but nothing says where each ends: pass attention_mask, or set config.pad_token_id "
                 "and pass input_ids."

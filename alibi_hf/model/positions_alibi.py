@@ -1,6 +1,7 @@
 """From what a caller passes (masks, position_ids, caches, packed or paged batches) to the `Distances` of the call.
 
-* Without a mask, a position is the index in the cache: position_ids that are offset, or shifted by padding, change nothing.
+* Without a mask, a position is the index in the cache: position_ids with an offset, or shifted by padding, change
+  nothing.
 * With a 2-D mask, positions count unmasked tokens, those in the cache included.
 * position_ids only mark where documents start: wherever they step by something other than +1.
 * While tracing, nothing here depends on data: documents are then always read from position_ids where they are given.
@@ -16,8 +17,8 @@ from .bias_alibi import Distances, rounded_row, scaled_slopes
 
 
 def is_tracing() -> bool:
-    """True while torch compiles, exports or scripts: nothing may depend on the values of a tensor then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+    """True while torch compiles, exports or traces: nothing may depend on the values of a tensor then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def find_documents(
@@ -202,7 +203,7 @@ def _use_padding_mask(distances: Distances, mask: torch.Tensor) -> None:
     short = keys - mask.shape[1]
     if short > 0 and not is_tracing() and mask.shape[1] < int(offset) + queries:
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens, but the cache and the queries are {int(offset)} + {queries} = "
+            f"attention_mask covers {mask.shape[1]} tokens, but cache and queries are {int(offset)} + {queries} = "
             f"{int(offset) + queries}; pass a mask over all of them."
         )
     mask = mask.to(device=distances.slopes.device, dtype=torch.bool)

@@ -49,15 +49,7 @@ def sdpa_attention_forward(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> Output:
-    """Attend with PyTorch's fused attention; returns `[batch, queries, heads, dim]`, weights only if asked for.
-
-    Raises:
-        ValueError: with a soft cap on the scores, which fused attention does not have.
-    """
-    if softcap is not None:
-        raise ValueError(
-            f"sdpa has no soft cap on scores, attn_logit_softcapping is {softcap}; use 'eager' or 'flex_attention'."
-        )
+    """Attend with PyTorch's fused attention; returns `[batch, queries, heads, dim]`, weights only if asked for."""
     key, value = update_paged(module, key, value, kwargs)
     output = sdpa_attention(query, key, value, distances, scaling, dropout)
     weights = eager_attention(query, key, value, distances, scaling)[1] if output_attentions else None
@@ -110,12 +102,16 @@ for _name, _function in FUNCTIONS.items():
     ALL_ATTENTION_FUNCTIONS[_name] = _function
 
 
-def check_attention(name: str | None) -> None:
-    """Refuse an attention backend that would run this model without its bias.
+def check_attention(name: str | None, softcap: float | None = None) -> None:
+    """Refuse an attention backend that would run this model without its bias, or without its soft cap on scores.
 
     Raises:
         ValueError: for any name but `FUNCTIONS`' own; for vLLM's backend it names the way round.
     """
+    if softcap is not None and name in ("sdpa", "paged|sdpa"):
+        raise ValueError(
+            f"sdpa has no soft cap on scores, attn_logit_softcapping is {softcap}; use 'eager' or 'flex_attention'."
+        )
     if name is None or name in FUNCTIONS:
         return
     if name == "vllm":

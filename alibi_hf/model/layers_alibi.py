@@ -71,7 +71,7 @@ class AlibiAttention(nn.Module):
         query, key, value = self.project(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        check_attention(self.config._attn_implementation)
+        check_attention(self.config._attn_implementation, self.config.attn_logit_softcapping)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         wants_weights = kwargs.pop("output_attentions", None)
         output, weights = attend(

@@ -64,8 +64,15 @@ class AlibiPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        """Refuse backends that would compute attention without the bias; the rest is Transformers' own check."""
-        check_attention(None if str(requested_attention).startswith("flash") else requested_attention)
+        """Refuse backends that cannot compute this config's attention; the rest is Transformers' own check.
+
+        Raises:
+            ValueError: naming the backend, and those that can.
+        """
+        if requested_attention is None and self.config.attn_logit_softcapping is not None:
+            requested_attention = "eager"  # Transformers' default, sdpa, has no soft cap
+        if not str(requested_attention).startswith("flash"):
+            check_attention(requested_attention, self.config.attn_logit_softcapping)
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
     def _can_set_attn_implementation(self) -> bool:

@@ -1,0 +1,1 @@
+"""Reading, converting, inspecting and directly loading checkpoints; import the submodules by name."""

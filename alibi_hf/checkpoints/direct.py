@@ -1,0 +1,135 @@
+"""`AlibiForCausalLM.from_pretrained` on an upstream folder or Hub id: nothing to convert.
+
+The family's rules become Transformers' own weight conversions, registered for a class made for this one load, so that
+`device_map`, `dtype`, shards and offload work as they do for any model. Saving afterwards writes our own layout.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
+from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
+from alibi_hf.model.configuration_alibi import AlibiConfig
+from alibi_hf.model.modeling_alibi import AlibiPreTrainedModel
+
+_LOADING = threading.Lock()  # the conversions are registered by name for the whole process
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
+# Attributes of a config that from_pretrained takes for itself.
+_NOT_FIELDS = ("dtype", "torch_dtype", "name_or_path", "attn_implementation", "architectures", "model_type")
+_HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
+
+
+def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """The hook of `AlibiPreTrainedModel.from_pretrained`.
+
+    Args:
+        cls: the class to load.
+        source: what `from_pretrained` was given.
+        args, kwargs: likewise; fields of `AlibiConfig`, such as `alibi_rounding`, are set on the config.
+
+    Returns:
+        The model (with `output_loading_info`, model and info), or None where `source` has our own layout or none that
+        can be found, which is for Transformers to handle.
+
+    Raises:
+        AlibiError: its subclasses, where the source is an upstream checkpoint that cannot be loaded.
+    """
+    raw = None if source is None or kwargs.get("gguf_file") else _raw_config(source, kwargs)
+    if raw is None or raw.get("model_type") in (None, AlibiConfig.model_type):
+        return None
+    hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    allow_pickle = kwargs.pop("use_safetensors", None) is False
+    checkpoint = Checkpoint.open(_folder(source, hub, allow_pickle), allow_pickle=allow_pickle, need_head=False)
+    config = _config(checkpoint, cls, kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    with _LOADING:
+        model, info = _load(cls, checkpoint, config, args, {**kwargs, "use_safetensors": not allow_pickle})
+    _check(checkpoint, cls, config, info)
+    model.config.name_or_path = str(source)
+    return (model, info) if wants_info else model
+
+
+def install() -> None:
+    """Let every Alibi class load upstream checkpoints."""
+    AlibiPreTrainedModel.foreign_loader = staticmethod(load_foreign)
+
+
+def _raw_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
+    try:
+        return PreTrainedConfig.get_config_dict(source, **hub)[0] or None
+    except (OSError, ValueError):  # not found, or no JSON: Transformers says what is wrong
+        return None
+
+
+def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
+    subfolder = hub.pop("subfolder", "") or ""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{subfolder}/{p}" if subfolder else p for p in PATTERNS + (["*.bin"] if allow_pickle else [])]
+        hub = {name: value for name, value in hub.items() if name != "proxies" and value is not None}
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
+        except OSError as error:
+            raise CheckpointFileError(
+                f"{source} could not be fetched from the Hub: {error}. Without network, give a local folder."
+            ) from error
+    return folder / subfolder
+
+
+def _config(checkpoint: Checkpoint, cls: type[AlibiPreTrainedModel], kwargs: dict[str, Any]) -> AlibiConfig:
+    """The checkpoint's config, or the caller's; fields of it are taken out of `kwargs` and set."""
+    given = kwargs.pop("config", None)
+    if given is not None and getattr(given, "model_type", None) != AlibiConfig.model_type:
+        raise AlibiError(
+            f"config is a {type(given).__name__}; pass an AlibiConfig, or none and the checkpoint's own is mapped."
+        )
+    config = checkpoint.config if given is None else given
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(config, name) and name not in _NOT_FIELDS}
+    config = with_fields(config, fields)
+    check_rounding(checkpoint.family, config)
+    config.architectures = [cls.__name__]
+    return config
+
+
+def _load(
+    cls: type[AlibiPreTrainedModel],
+    checkpoint: Checkpoint,
+    config: AlibiConfig,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """The model through Transformers' loader, by way of a class whose name carries the conversions."""
+    made = {"__module__": cls.__module__, "foreign_loader": None}
+    mapped: Any = type(f"{cls.__name__}From{checkpoint.family_name.title()}", (cls,), made)
+    conversions = [rule.to_transformers() for rule in checkpoint.rules]
+    register_checkpoint_conversion_mapping(
+        mapped.__name__, [conversion for conversion in conversions if conversion is not None], overwrite=True
+    )
+    model, info = mapped.from_pretrained(checkpoint.path, *args, config=config, output_loading_info=True, **kwargs)
+    model.__class__ = cls
+    model._weight_conversions = None  # so that saving writes our own layout
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.use_cache = True  # MPT's files say false
+    return model, info
+
+
+def _check(checkpoint: Checkpoint, cls: type, config: AlibiConfig, info: dict[str, Any]) -> None:
+    """Refuse missing tensors outside a new head, and leftovers that are neither dropped nor another head's."""
+    is_lm = checkpoint.class_name == cls.__name__ == "AlibiForCausalLM"
+    missing = [name for name in info["missing_keys"] if is_lm or not name.startswith(_HEADS)]
+    if missing:
+        raise TensorError(f"{checkpoint.source} lacks {', '.join(sorted(missing)[:5])}, which {cls.__name__} needs.")
+    dropped = {group.source for group in checkpoint.groups if group.fate == "dropped"}
+    left = [name for name in info["unexpected_keys"] if name not in dropped and not name.startswith(_HEADS)]
+    if left:
+        raise TensorError(f"{checkpoint.source} holds {', '.join(sorted(left)[:5])}, which nothing reads.")
+
+
+__all__ = ["install", "load_foreign"]

@@ -1,0 +1,46 @@
+"""The upstream model of a checkpoint, filled from its own files: what verification compares with."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from alibi_hf.checkpoints.source import Checkpoint
+from alibi_hf.errors import TensorError
+from alibi_hf.families._reference import Reference
+
+
+def load_reference(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu", **raw_fields: Any
+) -> tuple[Reference, nn.Module]:
+    """The family's reference for this checkpoint and its model, with the checkpoint's weights in `dtype`.
+
+    Args:
+        checkpoint: an opened language-model checkpoint.
+        dtype: of every parameter; the weights are cast from the file's dtype once.
+        device: where the model goes.
+        raw_fields: fields of upstream's config.json to set first, such as `max_seq_len=4096`.
+
+    Raises:
+        TensorError: if a parameter of the reference stays without a value, or a tensor finds no place.
+    """
+    reference = checkpoint.family.reference(checkpoint.config)
+    model = reference.build({**checkpoint.raw, **raw_fields}, dtype)
+    expected = set(model.state_dict())
+    values: dict[str, torch.Tensor] = {}
+    for group in checkpoint.groups:
+        if group.fate == "dropped":
+            continue
+        name = group.rule.source_name(group.layer)
+        name = name if name in expected else group.rule.prefix + name
+        if name not in expected:
+            raise TensorError(f"{group.source} has no place in {reference.class_name}.")
+        values[name] = checkpoint.get(group.source).to(device=device, dtype=dtype, copy=True)
+    model.load_state_dict(values, strict=False, assign=True)
+    cast(Any, model).tie_weights()
+    if left := [name for name, value in model.named_parameters() if value.is_meta]:
+        raise TensorError(f"{reference.class_name} has parameters the checkpoint lacks: {', '.join(left[:5])}.")
+    return reference, model.to(device)
+
+
+__all__ = ["load_reference"]

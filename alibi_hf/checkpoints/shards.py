@@ -1,0 +1,202 @@
+"""The weight files of a folder: where they are, what they hold, and whether they are whole; nothing is loaded.
+
+* safetensors first; pickles only when asked, with `weights_only=True`.
+* Names in an index are file names beside it, never paths.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alibi_hf.errors import CheckpointFileError, UnsafeSourceError
+
+# safetensors' dtype names, from its format description.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# (index file, single file) of each format, in the order Transformers looks for them.
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+_MAX_HEADER = 100_000_000  # bytes, as safetensors itself limits it
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: its file and what the file says about it."""
+
+    name: str
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `CheckpointFileError` if it is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointFileError(f"{path} does not exist; give a folder with {path.name} in it.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointFileError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
+    """Every tensor of the folder's weight files, by name, after checking files against each other.
+
+    Raises:
+        CheckpointFileError: where there are no weights, a shard is missing or truncated, or index and files disagree.
+        UnsafeSourceError: where there are only pickles and `allow_pickle` is false.
+    """
+    read, found = safetensors_shard, _find(folder, SAFETENSORS)
+    if found is None:
+        read, found = _pickle_shard, _find(folder, PICKLES)
+        if found is None:
+            raise CheckpointFileError(
+                f"{folder} holds neither {SAFETENSORS[1]} nor {SAFETENSORS[0]}; is it a model folder, and complete?"
+            )
+        if not allow_pickle:
+            raise UnsafeSourceError(
+                f"{folder} holds its weights as pickles only ({found[0].name}). Reading them can be allowed with "
+                f"--allow-pickle (allow_pickle=True); it uses weights_only=True, which runs no code."
+            )
+    entry, index = found
+    if index is None:
+        return read(entry)
+    return _check_index(folder, entry, index, read)
+
+
+def _find(folder: Path, names: tuple[str, str]) -> tuple[Path, dict[str, Any] | None] | None:
+    index, single = folder / names[0], folder / names[1]
+    if single.is_file():
+        return single, None
+    if index.is_file():
+        return index, read_json(index)
+    return None
+
+
+def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) -> dict[str, TensorInfo]:
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise CheckpointFileError(f"{entry} has no weight_map of tensor names to file names.")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(mapping.values())):
+        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise CheckpointFileError(f"{entry} names the file {file!r}; only files beside the index are read.")
+        held = read(folder / file)
+        if doubled := sorted(held.keys() & tensors.keys()):
+            raise CheckpointFileError(f"{file} and {tensors[doubled[0]].shard.name} both hold {doubled[0]}.")
+        tensors |= held
+    for name, file in mapping.items():
+        if name not in tensors:
+            raise CheckpointFileError(f"{entry.name} puts {name} in {file}, which does not hold it.")
+        if tensors[name].shard.name != file:
+            raise CheckpointFileError(f"{entry.name} puts {name} in {file}, but {tensors[name].shard.name} holds it.")
+    if extra := sorted(tensors.keys() - mapping.keys()):
+        raise CheckpointFileError(
+            f"{tensors[extra[0]].shard.name} holds {extra[0]} ({len(extra)} such tensors), which {entry.name} does not "
+            f"list; the folder mixes files of two checkpoints, or the index is stale."
+        )
+    return tensors
+
+
+def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header; checks that the file is as long as the header says."""
+    header, start = _safetensors_header(path)
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointFileError(
+                f"{path}: {name} is stored as {entry['dtype']}, which is not read; expected one of "
+                f"{', '.join(DTYPES)}. Use the unquantised checkpoint."
+            )
+        tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype)
+        end = max(end, entry["data_offsets"][1])
+    size = path.stat().st_size
+    if size != start + end:
+        raise CheckpointFileError(
+            f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
+        )
+    return tensors
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    if not path.is_file():
+        raise CheckpointFileError(f"the shard {path} is missing; download it again.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER + 1
+        if length > min(_MAX_HEADER, size - 8):
+            raise CheckpointFileError(f"{path} ({size} bytes) has no whole safetensors header: truncated or damaged.")
+        try:
+            return json.loads(file.read(length)), 8 + length
+        except ValueError as error:
+            raise CheckpointFileError(f"{path} has a damaged safetensors header: {error}.") from error
+
+
+def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of one pickle, memory-mapped where its format allows, with `weights_only=True`."""
+    if not path.is_file():
+        raise CheckpointFileError(f"the shard {path} is missing; download it again.")
+    for mmap in (True, False):
+        try:
+            held = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            break
+        except RuntimeError as error:
+            if not mmap or "mmap" not in str(error):
+                raise CheckpointFileError(f"{path} cannot be read: {error}.") from error
+        except Exception as error:  # torch raises whatever the unpickler meets
+            raise UnsafeSourceError(f"{path} holds more than tensors and is not read: {error}") from error
+    if not isinstance(held, dict):
+        raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+def _pickle_shard(path: Path) -> dict[str, TensorInfo]:
+    held = load_pickle(path, device="meta")
+    return {name: TensorInfo(name, path, tuple(value.shape), value.dtype) for name, value in held.items()}
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in blocks of one MiB."""
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "TensorInfo", "list_tensors", "load_pickle", "read_json", "sha256_of"]

@@ -1,0 +1,259 @@
+"""`Checkpoint`: an upstream checkpoint, opened without loading it; every later step reads it through this class.
+
+Opening reads config.json and the headers of the weight files, finds the family, maps the config and accounts for every
+tensor. It never runs code of the source and never reaches out to anything but the Hugging Face Hub.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alibi_hf.checkpoints.plan import Group, check_shapes, head_class, make_plan
+from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
+from alibi_hf.families import Family, find_family
+from alibi_hf.model.configuration_alibi import AlibiConfig
+
+# What travels with the weights besides them: tokenizer, chat template, licence.
+CARRIED = (
+    "tokenizer*",
+    "*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+)
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+_CHECK_BLOCK = 1 << 24  # elements looked at together for NaN and Inf
+
+
+@dataclass
+class Checkpoint:
+    """An opened upstream checkpoint.
+
+    Attributes:
+        path: the local folder.
+        source: what the caller named, a path or a Hub id.
+        revision: the commit of a Hub snapshot, else what the caller gave.
+        raw: upstream's config.json.
+        tensors: every tensor of the files, by its name there.
+        family: the family module.
+        config: our config.
+        groups: the fate of every tensor, in the order of the model.
+    """
+
+    path: Path
+    source: str
+    revision: str | None
+    raw: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    family: Family
+    config: AlibiConfig
+    groups: list[Group] = field(repr=False)
+    _pickle: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        path_or_id: str | Path,
+        revision: str | None = None,
+        allow_pickle: bool = False,
+        need_head: bool = True,
+        **config_fields: Any,
+    ) -> "Checkpoint":
+        """Open a folder or a Hub id and account for all of it.
+
+        Args:
+            path_or_id: a folder, or "owner/name" on the Hub.
+            revision: branch, tag or commit of a Hub id.
+            allow_pickle: read `pytorch_model*.bin` where there are no safetensors.
+            need_head: whether a decoder without any head is an error.
+            config_fields: fields of our config to set on top, such as `alibi_rounding="bloom"`.
+
+        Raises:
+            CheckpointFileError, UnsafeSourceError: about the files.
+            UnknownFamilyError, ConfigFieldError: about config.json.
+            TensorError: about names and shapes.
+        """
+        folder, commit = locate(path_or_id, revision, allow_pickle)
+        raw = read_json(folder / "config.json")
+        tensors = list_tensors(folder, allow_pickle)
+        family = find_family(raw, list(tensors))
+        config = with_fields(family.config(raw), config_fields)
+        check_rounding(family, config)
+        groups = make_plan(family.rules(config), tensors, config.num_hidden_layers)
+        opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
+        check_shapes(groups, {name: info.shape for name, info in tensors.items()}, config, need_head)
+        return opened
+
+    @property
+    def family_name(self) -> str:
+        """The family's name, such as "bloom"."""
+        return self.family.NAMES[0]
+
+    @property
+    def class_name(self) -> str:
+        """The class of ours that has the checkpoint's head, such as "AlibiForCausalLM"."""
+        return head_class(self.groups)
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The family's rules for this config."""
+        return self.family.rules(self.config)
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The weight files, by name."""
+        return sorted({info.shard for info in self.tensors.values()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the values."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def parameters(self) -> int:
+        """Number of values that are used, tied ones once."""
+        used = [group.source for group in self.groups if group.fate == "used"]
+        return sum(self.tensors[name].bytes // self.tensors[name].dtype.itemsize for name in used)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor from the file, by its name there; the memory is freed with it.
+
+        Raises:
+            TensorError: if there is no such tensor.
+            CheckpointFileError: if the file cannot be read.
+        """
+        if name not in self.tensors:
+            raise TensorError(f"{self.path} holds no tensor {name}.")
+        shard = self.tensors[name].shard
+        if shard.suffix != ".safetensors":
+            return self._from_pickle(shard, name)
+        try:
+            with safe_open(shard, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointFileError(f"{name} cannot be read from {shard}: {error}.") from error
+
+    def _from_pickle(self, shard: Path, name: str) -> Tensor:
+        if self._pickle is None or self._pickle[0] != shard:
+            self._pickle = None
+            self._pickle = (shard, load_pickle(shard))
+        return self._pickle[1][name]
+
+    def converted(self, group: Group) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors of one group, with their names in our model; nothing for tied and dropped ones."""
+        if group.fate == "used":
+            yield from zip(group.targets, group.rule.forward(self.get(group.source)), strict=True)
+
+    def check_values(self, group: Group, allow_nonfinite: bool = False) -> None:
+        """Look at the values of one group: NaN and Inf are refused, and a tied copy must equal its original.
+
+        Raises:
+            TensorError: naming the tensor and what was found.
+        """
+        tensor = self.get(group.source)
+        if not allow_nonfinite:
+            require_finite(group.source, tensor)
+        if group.fate == "tied":
+            original = next(g for g in self.groups if g.fate == "used" and g.targets == group.targets)
+            if not torch.equal(tensor, self.get(original.source)):
+                raise TensorError(
+                    f"{group.source} differs from {original.source}, but tie_word_embeddings in config.json says that "
+                    f"they are one; set it to false if both were trained."
+                )
+
+    def sha256(self) -> list[dict[str, Any]]:
+        """Name, SHA-256 and size in bytes of every weight file."""
+        return [{"name": p.name, "sha256": sha256_of(p), "bytes": p.stat().st_size} for p in self.shards]
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, chat-template and licence files of the folder, relative to it."""
+        found = {path for pattern in CARRIED for path in self.path.glob(pattern) if path.is_file()}
+        return sorted(path.relative_to(self.path) for path in found)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """`TensorError` with the number of NaN and Inf values in `tensor`, if there are any."""
+    if not tensor.is_floating_point():
+        return
+    nan = inf = 0
+    for block in tensor.reshape(-1).split(_CHECK_BLOCK):
+        if not torch.isfinite(block).all():
+            nan += int(torch.isnan(block).sum())
+            inf += int(torch.isinf(block).sum())
+    if nan or inf:
+        raise TensorError(
+            f"{name} holds {nan} NaN and {inf} Inf values of {tensor.numel()}; the checkpoint is damaged, or "
+            f"--allow-nonfinite (allow_nonfinite=True) takes it as it is."
+        )
+
+
+def with_fields(config: AlibiConfig, fields: dict[str, Any]) -> AlibiConfig:
+    """A copy of `config` with some fields set, validated again; `ConfigFieldError` where that fails."""
+    if not fields:
+        return config
+    changed = copy.deepcopy(config)
+    try:
+        for name, value in fields.items():
+            if not hasattr(changed, name):
+                raise ConfigFieldError(f"{name}={value!r} is no field of AlibiConfig.")
+            setattr(changed, name, value)
+        changed.validate()
+    except StrictDataclassError as error:
+        raise ConfigFieldError(f"{fields} cannot be set on this checkpoint's config: {error}") from error
+    return changed
+
+
+def check_rounding(family: Family, config: AlibiConfig) -> None:
+    """`ConfigFieldError` where `alibi_rounding` is another family's."""
+    if config.alibi_rounding not in family.ROUNDINGS:
+        raise ConfigFieldError(
+            f"alibi_rounding={config.alibi_rounding!r} is not the rounding of {family.NAMES[0]}; it has "
+            f"{' and '.join(family.ROUNDINGS)}."
+        )
+
+
+def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> tuple[Path, str | None]:
+    """The local folder of a path or Hub id, and its revision; downloads from the Hub if need be.
+
+    Raises:
+        CheckpointFileError: where it is neither a folder nor to be had from the Hub.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder, revision
+    name = str(path_or_id)
+    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointFileError(f"{name} is not a folder; give a model folder or a Hub id such as owner/name.")
+    from huggingface_hub import snapshot_download
+
+    patterns = PATTERNS + (["*.bin"] if allow_pickle else [])
+    try:
+        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the Hub client raises many kinds; all mean that there is nothing to read
+        raise CheckpointFileError(
+            f"{name} is no local folder, and it could not be fetched from the Hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Without network, give the path of a "
+            f"local folder that holds config.json and the weights."
+        ) from error
+    return local, local.name
+
+
+__all__ = ["Checkpoint", "check_rounding", "locate", "require_finite", "with_fields"]

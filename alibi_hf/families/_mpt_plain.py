@@ -1,0 +1,169 @@
+"""A plain MPT after llm-foundry's formulas, for checkpoints that Transformers' `MptForCausalLM` does not compute.
+
+It has upstream's tensor names, eager attention, any dtype, no cache, and shares nothing with the model of this package:
+it is what that model is compared with. Softmax and bias are in float32, or in float64 for a float64 model.
+
+Source of the formulas: llm-foundry, `llmfoundry/models/mpt/modeling_mpt.py` and `llmfoundry/models/layers`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
+
+
+def plain_slopes(heads: int, bias_max: float, dtype: torch.dtype, device: Any = None) -> Tensor:
+    """llm-foundry's slopes, [heads]: those of the next power of two, every second one first."""
+    power = 1
+    while power < heads:
+        power *= 2
+    steps = torch.arange(1, power + 1, dtype=dtype, device=device) * (bias_max / power)
+    slopes = torch.exp2(-steps)
+    if power != heads:
+        slopes = torch.cat([slopes[1::2], slopes[0::2]])[:heads]
+    return slopes
+
+
+class PlainNorm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, with or without bias."""
+
+    def __init__(self, size: int, kind: str, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias and kind == "layer_norm" else None
+        self.kind, self.eps = kind, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to [..., size]."""
+        if self.kind == "layer_norm":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class PlainAttention(nn.Module):
+    """Fused projection, clamp, query/key norm, scores plus bias, softmax, output projection."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.heads, self.kv_heads, self.dim = spec["heads"], spec["kv_heads"], spec["head_dim"]
+        rows = (self.heads + 2 * self.kv_heads) * self.dim
+        self.Wqkv = nn.Linear(spec["width"], rows, bias=spec["attention_bias"])
+        self.out_proj = nn.Linear(self.heads * self.dim, spec["width"], bias=spec["attention_bias"])
+        norm = (spec["norm_type"], spec["norm_eps"], spec["norm_bias"])
+        if spec["qk_norm"] == "full":
+            self.q_ln = PlainNorm(self.heads * self.dim, *norm)
+            self.k_ln = PlainNorm(self.kv_heads * self.dim, *norm)
+        elif spec["qk_norm"] == "head":
+            self.q_ln, self.k_ln = PlainNorm(self.dim, *norm), PlainNorm(self.dim, *norm)
+
+    def forward(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor) -> Tensor:
+        """x [batch, queries, width], bias [heads, 1, keys], mask [batch, 1, queries, keys] true where hidden."""
+        fused, spec = self.Wqkv(x), self.spec
+        if spec["clip_qkv"]:
+            fused = fused.clamp(-spec["clip_qkv"], spec["clip_qkv"])
+        q, k, v = fused.split([self.heads * self.dim] + [self.kv_heads * self.dim] * 2, dim=-1)
+        if spec["qk_norm"] == "full":
+            q, k = self.q_ln(q), self.k_ln(k)
+        q, k, v = (part.unflatten(-1, (-1, self.dim)) for part in (q, k, v))
+        if spec["qk_norm"] == "head":
+            q, k = self.q_ln(q), self.k_ln(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
+        scores = q @ k.transpose(-1, -2) * spec["softmax_scale"]
+        if cap := spec["attn_logit_softcapping"]:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores + position_bias
+        weights = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min).softmax(-1)
+        return self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+class PlainMlp(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.act = spec["act"]
+        self.up_proj = nn.Linear(spec["width"], spec["inner"], bias=spec["mlp_bias"])
+        self.down_proj = nn.Linear(spec["inner"], spec["width"], bias=spec["mlp_bias"])
+        if spec["gated"]:
+            self.gate_proj = nn.Linear(spec["width"], spec["inner"], bias=spec["mlp_bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]."""
+        up = self.up_proj(x)
+        return self.down_proj(self.act(self.gate_proj(x)) * up if hasattr(self, "gate_proj") else self.act(up))
+
+
+class PlainBlock(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        norm = (spec["width"], spec["norm_type"], spec["norm_eps"], spec["norm_bias"])
+        self.norm_1, self.norm_2 = PlainNorm(*norm), PlainNorm(*norm)
+        self.attn, self.ffn = PlainAttention(spec), PlainMlp(spec)
+
+    def forward(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor) -> Tensor:
+        """[batch, tokens, width] to [batch, tokens, width]."""
+        x = x + self.attn(self.norm_1(x), position_bias=position_bias, attention_mask=attention_mask)
+        return x + self.ffn(self.norm_2(x))
+
+
+class PlainDecoder(nn.Module):
+    """Embedding, blocks and the last norm, under upstream's names."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.wte = nn.Embedding(spec["vocab"], spec["width"])
+        self.blocks = nn.ModuleList([PlainBlock(spec) for _ in range(spec["layers"])])
+        self.norm_f = PlainNorm(spec["width"], spec["norm_type"], spec["norm_eps"], spec["norm_bias"])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Ids [batch, tokens] and mask [batch, tokens] (1 for a token) to states [batch, tokens, width]."""
+        length, device = input_ids.shape[1], input_ids.device
+        dtype = torch.promote_types(self.wte.weight.dtype, torch.float32)
+        slopes = plain_slopes(self.spec["heads"], self.spec["bias_max"], dtype, device)
+        bias = slopes[:, None, None] * torch.arange(1 - length, 1, device=device)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
+        if attention_mask is not None:
+            hidden = hidden | (attention_mask == 0)[:, None, None, :]
+        x = self.wte(input_ids)
+        for block in self.blocks:
+            x = block(x, position_bias=bias, attention_mask=hidden)
+        return self.norm_f(x)
+
+
+class PlainMptForCausalLM(nn.Module):
+    """The language model: logits, and the shifted cross entropy where labels are given."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.transformer = PlainDecoder(spec)
+        self.lm_head = None if spec["tie"] else nn.Linear(spec["width"], spec["vocab"], bias=False)
+
+    def tie_weights(self) -> None:
+        """Nothing to do: a tied model has no weight of its own for the head."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        """Ids [batch, tokens] to logits [batch, tokens, vocab]."""
+        head = self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(self.transformer(input_ids, attention_mask), head)
+        if self.spec["logit_scale"] is not None:
+            logits = logits * self.spec["logit_scale"]
+        if cap := self.spec["final_logit_softcapping"]:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+__all__ = ["PlainMptForCausalLM", "plain_slopes"]

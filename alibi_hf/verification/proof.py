@@ -1,0 +1,173 @@
+"""`verify`: does the output compute what its source computes? Checks, negative controls, verdict."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from alibi_hf.checkpoints.source import Checkpoint
+from alibi_hf.errors import AlibiError
+from alibi_hf.families._reference import Reference
+from alibi_hf.verification.bias import BiasProbe, check_bias
+from alibi_hf.verification.compare import Comparison, Progress, Runner
+from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
+from alibi_hf.verification.memory import available_memory, estimate_memory, require_memory
+from alibi_hf.verification.report import Verification
+from alibi_hf.verification.subjects import longer_fields, quiet, read_config
+from alibi_hf.verification.tensors import check_tensors, stored_dtype
+from alibi_hf.verification.text import make_tokens
+
+PARTS = ("bias", "tensors", "model")
+LONGEST_BIAS = 12288  # capturing it costs upstream's causal mask, one number a pair of tokens
+
+
+def verify(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    lengths: Sequence[int] | None = None,
+    text: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    allow_pickle: bool = False,
+    only: Sequence[str] = PARTS,
+) -> Verification:
+    """Compare the converted folder `output` with the upstream checkpoint `source` that it was made from.
+
+    Args:
+        source: folder or Hub id of the checkpoint as it was published; `revision` pins a Hub id.
+        output: folder that `convert` wrote; it is loaded through the installed package.
+        lengths: tokens a row; default: a quarter of the training length, the training length, and beyond.
+        text: text to run on, if the source has a tokenizer; default: the text that ships with the package.
+        device: where the models run.
+        progress: called before each step with what comes, steps done and steps in all.
+        allow_pickle: open a source that has pickles only.
+        only: a choice of "bias", "tensors" and "model"; a verdict of "proved" needs all three.
+
+    Raises:
+        NotEnoughMemoryError: if the model is too big for float64 on `device`.
+        AlibiError: if source or output cannot be read.
+    """
+    started = time.monotonic()
+    if unknown := set(only) - set(PARTS):
+        raise AlibiError(f"only={sorted(unknown)} is not known; choose from {', '.join(PARTS)}.")
+    checkpoint = Checkpoint.open(str(source), revision=revision, allow_pickle=allow_pickle)
+    folder = Path(output)
+    config = read_config(folder)
+    reference = checkpoint.family.reference(checkpoint.config)
+    tokens = make_tokens(checkpoint.path, config.vocab_size, text)
+    inputs = make_inputs(tokens, checkpoint.config, lengths, device)
+    if "model" in only:
+        _require_memory(checkpoint, inputs, device)
+    runner = Runner(checkpoint, folder, reference, inputs, stored_dtype(folder), device, progress)
+    with quiet():
+        _run(runner, only)
+    return Verification(
+        source=checkpoint.source,
+        output=str(output),
+        family=checkpoint.family_name,
+        reference=_describe(checkpoint, reference, inputs, runner.stored),
+        text=tokens.origin,
+        checks=runner.checks,
+        negative_controls=runner.controls,
+        versions=_versions(),
+        seconds=time.monotonic() - started,
+        notes=_notes(checkpoint, reference, inputs, lengths, only),
+    )
+
+
+def _run(runner: Runner, only: Sequence[str]) -> None:
+    """Run the parts asked for; results gather in the runner."""
+    checkpoint, reference = runner.checkpoint, runner.reference
+    trained = checkpoint.config.max_position_embeddings
+    longest = max(runner.inputs.rows[-1].shape[1], min(trained + trained // 4, LONGEST_BIAS))
+    probe = BiasProbe(checkpoint, read_config(runner.output), reference, longest)
+    comparisons = _comparisons(checkpoint, reference, probe.rounds()) if "model" in only else []
+    runner.steps = len(set(only) - {"model"}) + sum(comparison.steps for comparison in comparisons)
+    if "tensors" in only:
+        runner.say("tensors")
+        runner.checks.append(check_tensors(checkpoint, runner.output))
+    if "bias" in only:
+        runner.say("bias")
+        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
+    for comparison in comparisons:
+        runner.run(comparison)
+    runner.say("done")
+
+
+def _comparisons(checkpoint: Checkpoint, reference: Reference, rounds: bool) -> list[Comparison]:
+    """Return what has to be compared with which truth.
+
+    Where the family's own bias is a rounding of ALiBi (`rounds`), our model is proved with that rounding, and once more
+    exactly: there upstream, too, is given the exact bias, so that the gate is as narrow as elsewhere.
+    """
+    if not rounds:
+        return [Comparison(reference.truth, controls=True)]
+    family = checkpoint.family_name
+    return [
+        Comparison(reference.truth, rounding=family, suffix=f", {family} bias"),
+        Comparison(
+            reference.exact_truth, reference.exact_truth, rounding="exact", suffix=", exact bias", controls=True
+        ),
+    ]
+
+
+def _require_memory(checkpoint: Checkpoint, inputs: Inputs, device: str) -> None:
+    config = checkpoint.config
+    rows, length = inputs.training.shape
+    kept = inputs.kept(config.vocab_size)
+    estimate = estimate_memory(config, checkpoint.parameters, inputs.batches, (rows, length), kept)
+    require_memory(estimate, available_memory(device), device)
+
+
+def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stored: torch.dtype) -> dict[str, str]:
+    """Return what the output was compared with, in words."""
+    weights = str(stored).removeprefix("torch.")
+    cast = "as published" if stored == checkpoint.dtype else f"rounded to {weights}, the dtype of the output"
+    described = {
+        "class": reference.class_name,
+        "attn_implementation": reference.attn_implementation,
+        "truth": "the same class in float64, with its bias from the closed form in float64 and its softmax in float64; "
+        "padded input: the same rows unpadded; cached decode: the whole row",
+        "weights": cast,
+    }
+    if longer := longer_fields(reference, inputs.longest):
+        name, value = next(iter(longer.items()))
+        described["length"] = (
+            f"{reference.class_name} refuses more than {name}={reference.max_length} tokens; it was built with "
+            f"{name}={value}, which changes nothing else"
+        )
+    return described | ({"reason": reference.reason} if reference.reason else {})
+
+
+def _notes(
+    checkpoint: Checkpoint, reference: Reference, inputs: Inputs, lengths: Sequence[int] | None, only: Sequence[str]
+) -> list[str]:
+    notes = []
+    trained = checkpoint.config.max_position_embeddings
+    if inputs.rows[-1].shape[1] <= trained:
+        chosen = "as asked for" if lengths else f"by default {default_lengths(trained)} are run"
+        notes.append(f"nothing beyond the training length of {trained} tokens was run ({chosen}); give lengths= for it")
+    if not reference.has_cache:
+        notes.append("the reference has no cache: upstream's decoding and generation are its whole rows")
+    if missing := set(PARTS) - set(only):
+        notes.append(f"not checked: {', '.join(sorted(missing))}; without it nothing is proved")
+    return notes
+
+
+def _versions() -> dict[str, str]:
+    from alibi_hf import __version__
+
+    return {
+        "alibi_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

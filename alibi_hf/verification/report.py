@@ -1,0 +1,112 @@
+"""What a verification found: dataclasses, and the two files they are written to.
+
+`verification.json` is for programs, `verification.md` for people; both say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from alibi_hf.verification.render import as_markdown, as_table
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the truth.
+
+    Attributes:
+        name: what was compared.
+        dtype: dtype of the computation.
+        length: tokens a row, 0 where it means nothing.
+        ours: our error in `metric`, in the unit of the values compared; None if there is no number.
+        upstream: upstream's own error against the same truth; None where upstream is itself what we compare with.
+        limit: the largest `ours` that passes; None if the line is shown and not gated.
+        passed: False fails the verdict; a line that is not gated is True.
+        metric: "max" or "rms", the figure that is gated; "differ" counts what is not equal.
+        detail: all figures, by "ours" and "upstream": max, rms, kl (nats), argmax (share of positions that agree).
+        note: what a reader has to know.
+    """
+
+    name: str
+    dtype: str
+    length: int
+    ours: float | None
+    upstream: float | None
+    limit: float | None
+    passed: bool
+    metric: str = "max"
+    detail: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A conversion made wrong on purpose. `caught` is True if `check` refuses it, as it must."""
+
+    name: str
+    check: str
+    error: float
+    limit: float
+    caught: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify`: proved if every check passed and every wrong conversion was caught."""
+
+    source: str
+    output: str
+    family: str
+    reference: dict[str, str]
+    text: str
+    checks: list[Check]
+    negative_controls: list[Control]
+    versions: dict[str, str]
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def proved(self) -> bool:
+        """True if there are checks and controls and all of them came out as they must."""
+        checks, controls = self.checks, self.negative_controls
+        return bool(checks and controls) and all(c.passed for c in checks) and all(c.caught for c in controls)
+
+    @property
+    def verdict(self) -> str:
+        """ "proved" or "not proved"."""
+        return "proved" if self.proved else "not proved"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `verification.json`; numbers that are not finite become null."""
+        return _finite({"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **asdict(self)})
+
+    def table(self) -> Table:
+        """Return the table that the command line prints."""
+        return as_table(self)
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Write `verification.json` and `verification.md` to `directory` and return the path of the second."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / "verification.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "verification.md").write_text(as_markdown(self), encoding="utf-8")
+        return folder / "verification.md"
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON has no words for, by None."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -61,7 +61,9 @@ def run(source: Path, progress: Progress) -> Outcome:
 
     show(0, "inspect")
     inspection = alibi_hf.inspect_checkpoint(source)
-    conversion = alibi_hf.convert(source, output, progress=lambda what, *at: show(1, f"convert and verify, {what}", *at))
+    conversion = alibi_hf.convert(
+        source, output, progress=lambda what, *at: show(1, f"convert and verify, {what}", *at)
+    )
     show(2, "generate without alibi_hf")
     written = generate_elsewhere(output)
     show(3, "done")

@@ -119,8 +119,7 @@ def _attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    if query.dtype == torch.float64:
-        bias = bias.double()
+    bias = bias.to(torch.promote_types(query.dtype, torch.float32))
     with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
         return F.scaled_dot_product_attention(
             query,
@@ -191,11 +190,14 @@ def _block(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
 ) -> torch.Tensor:
     queries, keys = query.shape[2], key.shape[2]
-    chunk = queries if is_tracing() else max(1, min(CHUNK, BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * keys)))
-    outputs = []
-    for start in range(0, queries, chunk):
-        stop = min(start + chunk, queries)
+
+    def attend(start: int, stop: int) -> torch.Tensor:
         bias, blind = distances.block(start, stop, keys)
         output = _attend(query[:, :, start:stop], key, value, bias, scaling, dropout)
-        outputs.append(output if blind is None else output.masked_fill(blind, 0.0))
+        return output if blind is None else output.masked_fill(blind, 0.0)
+
+    if is_tracing():  # a loop over a traced length would fix it to one number
+        return attend(0, queries)
+    chunk = max(1, min(CHUNK, BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * keys)))
+    outputs = [attend(start, min(start + chunk, queries)) for start in range(0, queries, chunk)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,7 +1,7 @@
 """FlexAttention with ALiBi as an analytic score_mod: nothing of the size of the scores is built on a GPU.
 
-On CUDA the kernel is compiled once. On CPU FlexAttention has no backward, and runs uncompiled (it holds the scores, as
-eager does) unless the model itself is being compiled.
+On CUDA the kernel is compiled once. On CPU it holds the scores, as eager does: FlexAttention runs uncompiled there, has
+no backward, and cannot be lowered inside a compiled model, where eager attention takes its place.
 
 Source of the interface: PyTorch, `torch.nn.attention.flex_attention`.
 """
@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from .bias_alibi import Distances
-from .dense_alibi import soft_cap
+from .dense_alibi import eager_attention, soft_cap
 from .positions_alibi import is_tracing
 
 
@@ -37,6 +37,8 @@ def flex_alibi(
     """
     if dropout > 0:
         raise ValueError(f"flex_attention has no dropout, attention_dropout is {dropout}; use 'sdpa' or 'eager'.")
+    if is_tracing() and query.device.type == "cpu":  # Inductor cannot lower flex_attention inside a model on CPU
+        return eager_attention(query, key, value, distances, scaling, 0.0, softcap)[0]
     with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
         output = _kernel(query.device.type)(
             query,

@@ -188,8 +188,10 @@ def _use_custom_mask(distances: Distances, mask: torch.Tensor, position_ids: tor
             f"A 4-D attention_mask must end in (queries, keys) = {(queries, keys)}, cached keys included; "
             f"found {tuple(mask.shape)}."
         )
-    if mask.dtype not in (torch.bool, torch.float64):
-        mask = mask.float() if mask.is_floating_point() else mask.bool()
+    if mask.dtype in (torch.bfloat16, torch.float16):  # the minimum of the narrow dtype hides too
+        mask = mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    elif not mask.is_floating_point():
+        mask = mask.bool()
     distances.custom_mask = mask
     if position_ids is not None and position_ids.shape[-1] == keys:
         distances.key_position = position_ids

@@ -1,4 +1,4 @@
-"""sdpa never holds anything of the size heads x queries x keys, forward or backward; eager does, and the test sees it."""
+"""sdpa never holds anything of the size heads x queries x keys; eager does, and the test sees it."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Both need Python >= 3.10, make and a C++ compiler (for torch.compile),
-# and make .venv when it is missing. Others: `make check`, `make format`, `make clean`.
+# and make .venv when it is missing. Others: `make check`, `make format`, `make test-oldest`,
+# `make clean`.
 # Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x".
 
 PYTHON ?= python3
@@ -8,7 +9,9 @@ PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist worksteal
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test check format clean
+OLDEST = $(VENV)-oldest
+
+.PHONY: help demo test test-oldest check format clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -17,6 +20,10 @@ demo: $(VENV)/.base
 
 test: check
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The same tests with the oldest Transformers that is supported.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -28,7 +35,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # Stamp files: an installation is repeated only when one of these two files changes.
 # torch comes first and pinned, so that nothing else draws in a second build of it.
@@ -42,4 +49,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints.txt torch
+	grep -v -e '^transformers==' -e '^huggingface_hub==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt transformers==5.17.0 --editable '.[dev]'
 	@touch $@

@@ -94,9 +94,7 @@ def as_table(outcomes: list[Outcome]) -> Table:
     row("parity", *(verdict(outcome.verification) for outcome in outcomes))
     row("loaded without alibi_hf", *(outcome.written["loaded"].rpartition(".")[2] for outcome in outcomes))
     row("tokens written", *("{tokens} (trained on {trained})".format(**outcome.written) for outcome in outcomes))
-    row(
-        "how the text ends", *("... " + escape(" ".join(outcome.written["text"].split()[-40:])) for outcome in outcomes)
-    )
+    row("how the text ends", *(ending(outcome.written["text"]) for outcome in outcomes))
     row("seconds", *(f"{outcome.seconds:.0f}" for outcome in outcomes))
     return table
 

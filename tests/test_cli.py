@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -95,3 +96,74 @@ def test_bad_input_exits_2_with_one_line(arguments, words, tmp_path):
     assert "Traceback" not in out + err
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_part_of_the_proof_does_not_replace_it(converted):
+    run("verify", SOURCE, converted, "--lengths", "32")
+    before = (converted / "verification.json").read_text()
+    status, out, _ = run("verify", SOURCE, converted, "--lengths", "32", "--only", "bias,tensors")
+    assert status == 0
+    assert "tensors" in out
+    assert (converted / "verification.json").read_text() == before
+    assert "**Verified**" in (converted / "README.md").read_text()
+
+
+def test_a_device_that_is_not_there_exits_2_before_writing(tmp_path):
+    status, _, err = run("convert", SOURCE, tmp_path / "out", "--device", "nope")
+    assert status == 2
+    assert "nope" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    source = Path(SOURCE).resolve()
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("convert", source, ".", "--no-verify")
+    assert status == 2
+    assert "current folder" in err
+    assert not list(tmp_path.parent.glob(".*partial"))
+
+
+def test_nothing_is_left_of_folders_made_for_a_failed_output(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.wte.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run("convert", source, tmp_path / "new" / "deep" / "out", "--no-verify")
+    assert status == 2
+    assert "1 NaN" in err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": 3}, "config.json"),
+        ({"torch_dtype": "nn", "dtype": None}, "nn"),
+        ({"logit_scale": float("inf")}, "logit_scale"),
+        ({"emb_pdrop": 2.0}, "embedding_dropout"),
+        ({"max_seq_len": 0}, "max_position_embeddings"),
+        ({"head_dim": 0}, "head_dim"),
+    ],
+    ids=str,
+)
+def test_impossible_config_values_exit_2(change, words, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    status, _, err = run("convert", source, tmp_path / "out", "--no-verify")
+    assert status == 2
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padding_token_outside_the_vocabulary_is_proved_all_the_same(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": -1}))
+    assert run("convert", source, tmp_path / "out", "--quiet")[0] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.conversion import Conversion
@@ -111,7 +112,7 @@ def _card_fields(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):  # an unreadable card says nothing
+    except (OSError, ValueError, YAMLError):  # an unreadable card says nothing
         return {}
     return {name: found[name] for name in _CARD_FIELDS if found.get(name) is not None}
 

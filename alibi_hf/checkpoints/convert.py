@@ -64,6 +64,8 @@ def convert(
     target = _parse_dtype(dtype)
     entries = _entries(checkpoint, target)
     max_bytes = parse_size(max_shard_size)
+    if verify:
+        _check_device(device)  # before anything is written
     with appearing(out, overwrite) as folder:
         check_disk(folder, sum(entry.bytes for entry in entries) + _SLACK)
         files = _write_weights(checkpoint, ShardWriter(folder, entries, max_bytes), target, allow_nonfinite, progress)
@@ -76,6 +78,12 @@ def convert(
         options = {"revision": revision, "allow_pickle": allow_pickle, "device": device, "progress": progress}
         _verify(checkpoint, conversion, source, options)
     return conversion
+
+
+def _check_device(device: str) -> None:
+    from alibi_hf.verification.memory import check_device  # verification reads checkpoints, so not at import
+
+    check_device(device)
 
 
 def _keep_apart(source: Path, out: Path) -> None:

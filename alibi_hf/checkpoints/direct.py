@@ -14,13 +14,13 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
-from alibi_hf.model.modeling_alibi import AlibiPreTrainedModel
+from alibi_hf.model.modeling_alibi import NEW_HEADS, AlibiPreTrainedModel
 
 _LOADING = threading.Lock()  # the conversions are registered by name for the whole process
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 # Attributes of a config that from_pretrained takes for itself.
 _NOT_FIELDS = ("dtype", "torch_dtype", "name_or_path", "attn_implementation", "architectures", "model_type")
-_HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
+_HEADS = (*NEW_HEADS, "classifier.")  # ours, and upstream's name for another
 
 
 def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,10 @@ def _load(
 
 
 def _check(checkpoint: Checkpoint, cls: type, config: AlibiConfig, info: dict[str, Any]) -> None:
-    """Refuse missing tensors outside a new head, and leftovers that are neither dropped nor another head's."""
+    """Refuse missing tensors outside a new head, leftovers that no rule drops, and a tied head that differs."""
+    for group in checkpoint.groups:
+        if group.fate == "tied":
+            checkpoint.check_values(group, allow_nonfinite=True)
     is_lm = checkpoint.class_name == cls.__name__ == "AlibiForCausalLM"
     missing = [name for name in info["missing_keys"] if is_lm or not name.startswith(_HEADS)]
     if missing:

@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointFileError(f"{path} does not exist; give a folder with {path.name} in it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointFileError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
@@ -131,6 +131,7 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        _check_entry(path, name, entry)
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointFileError(
@@ -145,6 +146,15 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
             f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
         )
     return tensors
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    whole = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
+    for key in ("shape", "data_offsets"):
+        numbers = entry.get(key) if whole else None
+        whole = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
+    if not whole or len(entry["data_offsets"]) != 2:
+        raise CheckpointFileError(f"{path}: the header's entry of {name} is {entry!r:.200}, which describes no tensor.")
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -91,8 +91,13 @@ class Checkpoint:
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
         tensors = list_tensors(folder, allow_pickle)
-        family = find_family(raw, list(tensors))
-        config = with_fields(family.config(raw), config_fields)
+        try:
+            family = find_family(raw, list(tensors))
+            config = with_fields(family.config(raw), config_fields)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigFieldError(
+                f"{folder / 'config.json'} holds a value of a kind that its field cannot have: {error}."
+            ) from error
         check_rounding(family, config)
         groups = make_plan(family.rules(config), tensors, config.num_hidden_layers)
         opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
@@ -238,7 +243,7 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        return folder, revision
+        return folder, None  # a folder has no revisions
     name = str(path_or_id)
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointFileError(f"{name} is not a folder; give a model folder or a Hub id such as owner/name.")

@@ -168,13 +168,17 @@ def appearing(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         CheckpointFileError: if `out` is a file, or holds something and `overwrite` is false.
     """
+    out = out.resolve()  # through links: what they point to is what is replaced
     partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.replaced"
+    if out == Path.cwd():
+        raise CheckpointFileError(f"{out} is the current folder, which cannot be replaced; name another one.")
     if out.exists() and not out.is_dir():
         raise CheckpointFileError(f"{out} is a file; give a folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointFileError(f"{out} exists and is not empty; --overwrite (overwrite=True) replaces it.")
     if partial.exists() and not overwrite:
         raise CheckpointFileError(f"{partial} is left from a run that was cut off; use --overwrite (overwrite=True).")
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -182,14 +186,26 @@ def appearing(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
+        _swap(partial, out, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
         raise
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
     _sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(partial: Path, out: Path, old: Path) -> None:
+    """Put `partial` in the place of `out`; what was there waits as `old`, and comes back if that fails."""
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _sync(folder: Path) -> None:

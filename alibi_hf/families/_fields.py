@@ -6,8 +6,10 @@ nothing. Whatever is left over, has another type, or contradicts its own alias s
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from alibi_hf.errors import ConfigFieldError
@@ -18,7 +20,6 @@ INT = (int,)
 BOOL = (bool,)
 NUMBER = (int, float)
 TEXT = (str,)
-NONE = (type(None),)
 TOKEN_IDS = (int, list, type(None))
 
 
@@ -166,6 +167,8 @@ def _read(raw: Mapping[str, Any], field: Field, where: str) -> Any:
     values = [value for value in present.values() if value is not None] or list(present.values())
     if not values and field.default is REQUIRED:
         raise ConfigFieldError(f"{where}: the field {field.names[0]} is missing from config.json.")
+    if any(isinstance(value, float) and not isfinite(value) for value in values):
+        raise ConfigFieldError(f"{where}: {field.names[0]}={values[0]!r} is no finite number.")
     if any(value != values[0] for value in values):
         raise ConfigFieldError(f"{where}: the fields {present} are one field under several names and disagree.")
     value = values[0] if values else field.default
@@ -200,9 +203,11 @@ def build_config(
     if "id2label" in carried:
         carried.pop("num_labels", None)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ConfigFieldError(f"{family}: dtype={dtype!r} is no dtype of torch.")
     try:
         return AlibiConfig(**{"dtype": dtype, **carried, **mapped, **more})
-    except (StrictDataclassError, AttributeError) as error:
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
         raise ConfigFieldError(f"{family}: the fields of config.json cannot be expressed together: {error}") from error
 
 
@@ -230,7 +235,6 @@ __all__ = [
     "GENERATION_FIELDS",
     "INT",
     "LABEL_FIELDS",
-    "NONE",
     "NUMBER",
     "REQUIRED",
     "TEXT",

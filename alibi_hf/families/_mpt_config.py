@@ -128,7 +128,9 @@ def mpt_config(raw: dict[str, Any]) -> AlibiConfig:
     _need_alibi(raw, attention)
     no_bias = values["no_bias"] if values["no_bias"] is not None else not is_foundry(raw)
     attention_bias = not no_bias and values["attention_bias"]  # what the files hold decides: leftovers stop the load
-    head_dim = values["head_dim"] or need_multiple(values["d_model"], values["n_heads"], "mpt")
+    head_dim = values["head_dim"]
+    if head_dim is None:
+        head_dim = need_multiple(values["d_model"], values["n_heads"], "mpt")
     more = {field.to: attention[field.names[0]] for field in ATTENTION_FIELDS if field.to}
     more |= {
         "head_dim": head_dim,

@@ -177,7 +177,7 @@ class Distances:
             blind: bool `[batch or 1, heads or 1, stop - start, 1]`, True for queries that see no key at all; None where
                 there cannot be any.
         """
-        whole = (stop - start, num_keys) == (1, self.num_keys)
+        whole = self.query_index.numel() == 1 and num_keys == self.num_keys
         if whole and (start, stop) in self._kept:
             return self._kept[start, stop]
         bias = self._block_bias(start, stop, num_keys)

@@ -16,6 +16,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .bias_alibi import alibi_slopes
+
 AUTO_MAP = {
     "AutoConfig": "configuration_alibi.AlibiConfig",
     "AutoModel": "modeling_alibi.AlibiModel",
@@ -168,10 +170,11 @@ class AlibiConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not supported by this version; only {default!r} is accepted."
                 )
+        if getattr(self, "sliding_window", None) is not None or getattr(self, "layer_types", None) is not None:
+            raise ValueError("sliding_window and layer_types are not supported: every layer attends to all tokens.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that Transformers knows.")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps={self.norm_eps} must be positive.")
+        self._validate_numbers()
 
     def _validate_sizes(self) -> None:
         sizes = (
@@ -182,6 +185,7 @@ class AlibiConfig(PreTrainedConfig):
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
+            "max_position_embeddings",
         )
         for name in sizes:
             if getattr(self, name) is None or getattr(self, name) <= 0:
@@ -192,9 +196,20 @@ class AlibiConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
 
+    def _validate_numbers(self) -> None:
+        for name in ("norm_eps", "alibi_bias_max", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be positive and finite.")
+        for name in ("attention_scale", "embedding_scale", "logit_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be finite.")
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
     def _validate_alibi(self) -> None:
-        if self.alibi_bias_max <= 0:
-            raise ValueError(f"alibi_bias_max={self.alibi_bias_max} must be positive.")
         if self.alibi_slopes is not None:
             if len(self.alibi_slopes) != self.num_attention_heads:
                 raise ValueError(
@@ -203,12 +218,22 @@ class AlibiConfig(PreTrainedConfig):
                 )
             if not all(math.isfinite(slope) and slope >= 0 for slope in self.alibi_slopes):
                 raise ValueError(f"alibi_slopes must be finite and not negative, found {self.alibi_slopes}.")
-        if self.alibi_rounding != "exact" and (self.alibi_distance != "linear" or self.alibi_scaling is not None):
+        plain = self.alibi_distance == "linear" and self.alibi_scaling is None and self.alibi_bias_max == 8
+        if self.alibi_rounding != "exact" and not (plain and self._has_usual_slopes()):
             raise ValueError(
-                f"alibi_rounding={self.alibi_rounding!r} reproduces plain linear ALiBi; it cannot be combined with "
-                f"alibi_distance={self.alibi_distance!r} and alibi_scaling={self.alibi_scaling!r}."
+                f"alibi_rounding={self.alibi_rounding!r} reproduces upstream's own slopes; it cannot be combined with "
+                f"alibi_distance={self.alibi_distance!r}, alibi_scaling={self.alibi_scaling!r}, "
+                f"alibi_bias_max={self.alibi_bias_max} and alibi_slopes={self.alibi_slopes}."
             )
         self._validate_alibi_scaling()
+
+    def _has_usual_slopes(self) -> bool:
+        """True if `alibi_slopes` is not set, or says what upstream's rounded code computes too."""
+        if self.alibi_slopes is None:
+            return True
+        folded = math.sqrt(self.head_dim or 1) if self.alibi_rounding == "falcon" else 1.0
+        usual = [slope / folded for slope in alibi_slopes(self.num_attention_heads)]
+        return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(self.alibi_slopes, usual, strict=True))
 
     def _validate_alibi_scaling(self) -> None:
         scaling = self.alibi_scaling

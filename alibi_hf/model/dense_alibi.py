@@ -4,7 +4,8 @@
 * row: one query, or few tokens in 16 bits; the bias is one row of keys.
 * ramp: bias and causality are functions of query - key alone. With the queries of a chunk in reverse order, the bias of
   the chunk is a Hankel matrix: a strided view of one line of `keys + chunk` numbers a head. Distances stay exact.
-* block: anything else (padding, documents, custom masks), chunk by chunk, so that memory stays bounded.
+* block: anything else (padding, documents, custom masks), chunk by chunk, so that memory stays bounded: in training
+  too, where each chunk is computed again in backward. A compiled or exported graph attends at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .bias_alibi import MASKED, Distances
 from .positions_alibi import is_tracing
@@ -120,8 +122,11 @@ def _attend(
     is_causal: bool = False,
 ) -> torch.Tensor:
     bias = bias.to(torch.promote_types(query.dtype, torch.float32))
+    dtype = query.dtype
+    if query.device.type != "cpu":  # elsewhere the fused kernels want one dtype, and the bias stays in float32
+        query, key, value = query.to(bias.dtype), key.to(bias.dtype), value.to(bias.dtype)
     with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
-        return F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -129,8 +134,9 @@ def _attend(
             dropout_p=dropout,
             is_causal=is_causal,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
+    return output.to(dtype)
 
 
 def _row(
@@ -199,5 +205,9 @@ def _block(
     if is_tracing():  # a loop over a traced length would fix it to one number
         return attend(0, queries)
     chunk = max(1, min(CHUNK, BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * keys)))
-    outputs = [attend(start, min(start + chunk, queries)) for start in range(0, queries, chunk)]
+    pieces = [(start, min(start + chunk, queries)) for start in range(0, queries, chunk)]
+    if torch.is_grad_enabled() and len(pieces) > 1:  # backward would keep the bias of every chunk: make it again there
+        outputs = [checkpoint(attend, *piece, use_reentrant=False) for piece in pieces]
+    else:
+        outputs = [attend(*piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

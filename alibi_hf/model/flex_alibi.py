@@ -46,7 +46,7 @@ def flex_alibi(
             value,
             score_mod=_score_mod(distances, softcap),
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
     blind = _blind_rows(distances)
     return output if blind is None else output.masked_fill(blind, 0.0)

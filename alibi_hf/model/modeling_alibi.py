@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_alibi import check_attention
 from .bias_alibi import Distances
+from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
 from .dense_alibi import soft_cap
 from .layers_alibi import AlibiAttention, AlibiDecoderLayer, make_norm
@@ -86,8 +87,7 @@ class AlibiPreTrainedModel(PreTrainedModel):
         """
         if requested_attention is None and self.config.attn_logit_softcapping is not None:
             requested_attention = "eager"  # Transformers' default, sdpa, has no soft cap
-        if not str(requested_attention).startswith("flash"):
-            check_attention(requested_attention, self.config.attn_logit_softcapping)
+        check_attention(requested_attention, self.config.attn_logit_softcapping)
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
     def _can_set_attn_implementation(self) -> bool:
@@ -165,7 +165,7 @@ class AlibiModel(AlibiPreTrainedModel):
         batch, queries, _ = embeds.shape
         documents = find_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
         if use_cache and past_key_values is None and documents is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = make_cache(self.config)
         elif use_cache and documents is not None and not is_tracing():
             logger.warning_once("Several documents are packed in one row: no past_key_values are returned for them.")
         first = next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
@@ -196,6 +196,16 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Start from a growing cache unless the caller passes a cache, or names one (`cache_implementation`)."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and made is not None and generation_config.cache_implementation is None:
+            model_kwargs["past_key_values"] = grow(made)
 
     def create_masks_for_generate(
         self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Cache, **kwargs: Any

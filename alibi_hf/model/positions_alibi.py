@@ -32,12 +32,15 @@ def find_documents(
     """Return the document of each query, int64 `[batch or 1, queries]`, or None where a row is one document.
 
     Read from `seq_idx`, else `cu_seq_lens_q` (both from `DataCollatorWithFlattening`), else `position_ids`. A 4-D mask
-    separates documents by itself. While tracing, a cache means that a row is one document.
+    separates documents by itself. While tracing, position_ids beside a cache are taken for one document a row.
 
     Raises:
-        ValueError: several documents in a row together with a cache.
+        ValueError: several documents in a row together with a cache; position_ids of another length than the queries.
     """
-    if (attention_mask is not None and attention_mask.dim() == 4) or (past_key_values is not None and is_tracing()):
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return None
+    named = kwargs.get("seq_idx") is not None or kwargs.get("cu_seq_lens_q") is not None
+    if past_key_values is not None and is_tracing() and not named:
         return None
     documents = _read_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
     if documents is not None and past_key_values is not None:
@@ -61,7 +64,11 @@ def _read_documents(
     if kwargs.get("cu_seq_lens_q") is not None:
         bounds = kwargs["cu_seq_lens_q"].long()
         return torch.searchsorted(bounds, torch.arange(queries, device=bounds.device), right=True)[None]
-    if position_ids is None or position_ids.shape[-1] != queries or queries == 1:
+    if position_ids is not None and position_ids.shape[-1] != queries:
+        raise ValueError(
+            f"position_ids cover {position_ids.shape[-1]} tokens, the input has {queries}; give one a token."
+        )
+    if position_ids is None or queries == 1:
         return None
     offset = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     mask = None if attention_mask is None else attention_mask[:, offset : offset + queries]
@@ -144,6 +151,7 @@ def make_distances(
         _use_padding_mask(distances, attention_mask)
     if documents is not None:
         _use_documents(distances, documents)
+    _refuse_scaling(config, distances)
     _use_rounding(distances, config, embeds.dtype)
     return distances
 
@@ -177,6 +185,7 @@ def make_paged_distances(config: Any, embeds: torch.Tensor, kwargs: dict, attent
         custom_mask=mask,
         sqrt=config.alibi_distance == "sqrt",
     )
+    _refuse_scaling(config, distances)
     _use_rounding(distances, config, embeds.dtype)
     return distances
 
@@ -203,10 +212,11 @@ def _use_padding_mask(distances: Distances, mask: torch.Tensor) -> None:
     if mask.dim() != 2:
         raise ValueError(f"attention_mask must have 2 or 4 dimensions, found shape {tuple(mask.shape)}.")
     short = keys - mask.shape[1]
-    if short > 0 and not is_tracing() and mask.shape[1] < int(offset) + queries:
+    known = isinstance(offset, int) or not is_tracing()
+    if short < 0 or (short > 0 and known and mask.shape[1] < int(offset) + queries):
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens, but cache and queries are {int(offset)} + {queries} = "
-            f"{int(offset) + queries}; pass a mask over all of them."
+            f"{int(offset) + queries}; pass a mask over all of them, and no more."
         )
     mask = mask.to(device=distances.slopes.device, dtype=torch.bool)
     mask = torch.nn.functional.pad(mask, (0, short)) if short > 0 else mask[:, :keys]
@@ -222,6 +232,20 @@ def _use_documents(distances: Distances, documents: torch.Tensor) -> None:
     positions = restart(positions.expand(documents.shape[0], -1), documents)
     distances.query_document = distances.key_document = documents
     distances.query_position = distances.key_position = positions
+
+
+def _refuse_scaling(config: Any, distances: Distances) -> None:
+    """Dynamic scaling is by the length of the call: padding or neighbours in it would change how a text is read."""
+    if config.alibi_scaling is None or "train_seq_len" not in config.alibi_scaling or is_tracing():
+        return
+    end = int(distances.offset) + distances.query_index.numel()
+    padded = distances.key_mask is not None and not bool(distances.key_mask[:, :end].all())
+    if padded or distances.key_document is not None or distances.custom_mask is not None:
+        raise ValueError(
+            f"alibi_scaling={config.alibi_scaling} divides the slopes by the length of the call, so padded rows, "
+            "packed documents, custom masks and generate_batch would change the answer; read one text at a time, or "
+            "use a fixed factor."
+        )
 
 
 def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None:

@@ -89,6 +89,7 @@ def make_inputs(tokens: Tokens, config: AlibiConfig, lengths: Sequence[int] | No
 
     longest = min(anchor, LONGEST_PADDED)
     texts = rows(longest, 3, 24, positions // 2).split(1)
+    pad = config.pad_token_id
     prompts = tokens.rows(2, prefill).to(device).split(1)
     return Inputs(
         rows=[rows(length, 1, 64) for length in chosen],
@@ -97,5 +98,5 @@ def make_inputs(tokens: Tokens, config: AlibiConfig, lengths: Sequence[int] | No
         prefill=prefill,
         prompts=[prompts[0], prompts[1][:, : max(1, prefill // 2)]],
         training=tokens.rows(2, min(anchor, TRAINING_LENGTH)).to(device),
-        pad=config.pad_token_id or 0,
+        pad=pad if pad is not None and 0 <= pad < config.vocab_size else 0,
     )

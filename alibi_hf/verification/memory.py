@@ -71,6 +71,17 @@ def available_memory(device: str = "cpu") -> int:
     return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_device(device: str) -> None:
+    """`AlibiError` if torch does not know `device`, or this machine does not have it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise AlibiError(
+            f"device={device!r} cannot be used: {reason}. Use cpu, or a device of this machine."
+        ) from error
+
+
 def require_memory(estimate: Estimate, available: int, device: str = "cpu") -> None:
     """Refuse to start what would not fit.
 

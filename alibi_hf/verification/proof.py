@@ -17,7 +17,7 @@ from alibi_hf.families._reference import Reference
 from alibi_hf.verification.bias import BiasProbe, check_bias
 from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
-from alibi_hf.verification.memory import available_memory, estimate_memory, require_memory
+from alibi_hf.verification.memory import available_memory, check_device, estimate_memory, require_memory
 from alibi_hf.verification.report import Verification
 from alibi_hf.verification.subjects import longer_fields, quiet, read_config
 from alibi_hf.verification.tensors import check_tensors, stored_dtype
@@ -56,6 +56,7 @@ def verify(
         AlibiError: if source or output cannot be read.
     """
     started = time.monotonic()
+    check_device(device)
     if unknown := set(only) - set(PARTS):
         raise AlibiError(f"only={sorted(unknown)} is not known; choose from {', '.join(PARTS)}.")
     checkpoint = Checkpoint.open(str(source), revision=revision, allow_pickle=allow_pickle)

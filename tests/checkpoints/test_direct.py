@@ -1,5 +1,7 @@
 """`from_pretrained` on upstream folders: all heads, shards, dtypes, device_map, saving."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -181,3 +183,13 @@ def test_pipeline_on_an_upstream_folder(tmp_path):
     model = AlibiForCausalLM.from_pretrained(folder)
     generate = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
     assert generate("Hello", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("Hello")
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    shutil.copytree("examples/checkpoints/sotu-mpt", tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = 2 * tensors["transformer.wte.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(TensorError, match="lm_head.weight differs from transformer.wte.weight"):
+        AlibiForCausalLM.from_pretrained(tmp_path / "source")

@@ -56,3 +56,21 @@ def test_nor_in_training():
 
 def test_eager_does():
     assert largest_tensor("eager", {}) >= SCORES
+
+
+@pytest.mark.parametrize("kind", ["whole", "left", "interior", "packed"])
+def test_nor_does_backward_keep_them(kind):
+    """What autograd saves in two layers, counted: not the bias of chunk after chunk."""
+    config = AlibiConfig(vocab_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=HEADS)
+    model = AlibiForCausalLM(config)
+    saved: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = model(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False, **inputs(kind)).logits.sum()
+    loss.backward()
+    assert sum(saved.values()) <= SCORES // 2

@@ -40,7 +40,7 @@ def wrong(name: str) -> dict[str, object]:
         "heads swapped": {"alibi_slopes": [slopes[1], slopes[0], *slopes[2:]]},
         "bias_max": {"alibi_bias_max": 16},
         "square root": {"alibi_distance": "sqrt"},
-        "scaled": {"alibi_scaling": {"type": "linear", "train_seq_len": 100}},
+        "scaled": {"alibi_scaling": {"type": "linear", "factor": 1.5}},
     }[name]
 
 

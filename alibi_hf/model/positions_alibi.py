@@ -39,10 +39,12 @@ def find_documents(
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return None
-    named = kwargs.get("seq_idx") is not None or kwargs.get("cu_seq_lens_q") is not None
-    if past_key_values is not None and is_tracing() and not named:
-        return None
-    documents = _read_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
+    documents = _named_documents(batch, queries, kwargs)
+    if documents is None and (past_key_values is None or not is_tracing()):
+        mask = attention_mask
+        if mask is not None and past_key_values is not None and queries > 1:  # asking a static cache waits for the GPU
+            mask = mask[:, int(past_key_values.get_seq_length()) :]
+        documents = _counted_documents(position_ids, mask, batch, queries)
     if documents is not None and past_key_values is not None:
         raise ValueError(
             "position_ids mark several documents in one row, but a cache was passed, and a cache holds no document "
@@ -51,30 +53,28 @@ def find_documents(
     return documents
 
 
-def _read_documents(
-    position_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    batch: int,
-    queries: int,
-    past_key_values: Any | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
+def _named_documents(batch: int, queries: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
     if kwargs.get("seq_idx") is not None:
         return kwargs["seq_idx"].long().expand(batch, queries)
     if kwargs.get("cu_seq_lens_q") is not None:
         bounds = kwargs["cu_seq_lens_q"].long()
         return torch.searchsorted(bounds, torch.arange(queries, device=bounds.device), right=True)[None]
+    return None
+
+
+def _counted_documents(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, batch: int, queries: int
+) -> torch.Tensor | None:
+    """Return the documents that `position_ids` mark, `mask` starting with the queries; None if there is one a row."""
     if position_ids is not None and position_ids.shape[-1] != queries:
         raise ValueError(
             f"position_ids cover {position_ids.shape[-1]} tokens, the input has {queries}; give one a token."
         )
     if position_ids is None or queries == 1:
         return None
-    offset = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    mask = None if attention_mask is None else attention_mask[:, offset : offset + queries]
     if mask is not None and mask.shape[1] < queries:
         return None  # too short: refused where the distances are made
-    starts = document_starts(position_ids.expand(batch, queries), mask)
+    starts = document_starts(position_ids.expand(batch, queries), None if mask is None else mask[:, :queries])
     if not is_tracing() and not starts.any():
         return None
     return starts.long().cumsum(-1)

@@ -51,10 +51,7 @@ class Conversion:
 
     def save(self, directory: str | Path) -> Path:
         """Write `conversion.json` into `directory` and return its path."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, self.to_dict())
-        return folder / FILE
+        return write_json(Path(directory) / FILE, self.to_dict())
 
 
 def fates(groups: list[Group]) -> list[dict[str, Any]]:

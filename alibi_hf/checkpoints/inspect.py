@@ -61,10 +61,7 @@ class Inspection:
 
     def save(self, directory: str | Path) -> Path:
         """Write `inspection.json` into `directory` and return its path."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "inspection.json", self.to_dict())
-        return folder / "inspection.json"
+        return write_json(Path(directory) / "inspection.json", self.to_dict())
 
 
 def inspect_checkpoint(source: str | Path, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
@@ -142,10 +139,7 @@ class FamilyList:
 
     def save(self, directory: str | Path) -> Path:
         """Write `families.json` into `directory` and return its path."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "families.json", self.to_dict())
-        return folder / "families.json"
+        return write_json(Path(directory) / "families.json", self.to_dict())
 
 
 def list_families() -> FamilyList:

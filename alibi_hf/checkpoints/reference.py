@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import TensorError
 from alibi_hf.families._reference import Reference
@@ -31,8 +32,7 @@ def load_reference(
     for group in checkpoint.groups:
         if group.fate == "dropped":
             continue
-        name = group.rule.source_name(group.layer)
-        name = name if name in expected else group.rule.prefix + name
+        name = reference_name(group, expected)
         if name not in expected:
             raise TensorError(f"{group.source} has no place in {reference.class_name}.")
         values[name] = checkpoint.get(group.source).to(device=device, dtype=dtype, copy=True)
@@ -43,4 +43,10 @@ def load_reference(
     return reference, model.to(device)
 
 
-__all__ = ["load_reference"]
+def reference_name(group: Group, names: set[str]) -> str:
+    """Return the reference's own name of a source tensor."""
+    bare = group.rule.source_name(group.layer)
+    return bare if bare in names else group.rule.prefix + bare
+
+
+__all__ = ["load_reference", "reference_name"]

@@ -5,7 +5,6 @@ tensor. It never runs code of the source and never reaches out to anything but t
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,11 +160,6 @@ class Checkpoint:
             self._pickle = None
             self._pickle = (shard, load_pickle(shard))
         return self._pickle[1][name]
-
-    def converted(self, group: Group) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors of one group, with their names in our model; nothing for tied and dropped ones."""
-        if group.fate == "used":
-            yield from zip(group.targets, group.rule.forward(self.get(group.source)), strict=True)
 
     def check_values(self, group: Group, allow_nonfinite: bool = False) -> None:
         """Look at the values of one group: NaN and Inf are refused, and a tied copy must equal its original.

@@ -144,9 +144,11 @@ class ShardWriter:
             self._file.close()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with two spaces and a newline at the end."""
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON with two spaces and a newline at the end, making the folder if need be; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -99,7 +99,8 @@ def _row_fits(query: torch.Tensor, distances: Distances, dropout: float) -> bool
 def fused_row_is_causal() -> bool:
     """True if fused attention takes a mask together with `is_causal`: undocumented, so checked once, gradients too."""
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad(), torch.inference_mode(False), torch.device("cpu"):
+    plain = torch.autocast("cpu", enabled=False)  # the answer is kept: it must not depend on who asks first
+    with plain, torch.enable_grad(), torch.inference_mode(False), torch.device("cpu"):
         query, key, value = (torch.randn(1, 2, 9, 16, generator=generator).requires_grad_() for _ in range(3))
         row = torch.randn(1, 2, 1, 9, generator=generator)
         hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from alibi_hf.checkpoints.plan import Group
+from alibi_hf.checkpoints.reference import reference_name
 from alibi_hf.verification.measure import GATES, GRADIENT_GATE, Difference, compare_all, compare_values, judge
 from alibi_hf.verification.report import Check
-from alibi_hf.verification.subjects import reference_name
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,6 @@ class Gate:
 GATES = {
     torch.float32: Gate("max", factor=1.5, floor=1e-6),
     torch.bfloat16: Gate("rms", factor=1.1, floor=0.0),
-    torch.float16: Gate("rms", factor=1.1, floor=0.0),
 }
 GRADIENT_GATE = Gate("rms", factor=1.5, floor=1e-6)
 LUCK = 4.0

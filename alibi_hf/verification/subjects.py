@@ -56,12 +56,6 @@ def load_upstream(
     return model.eval()
 
 
-def reference_name(group: Group, names: set[str]) -> str:
-    """Return the reference's own name of a source tensor."""
-    bare = group.rule.source_name(group.layer)
-    return bare if bare in names else group.rule.prefix + bare
-
-
 def read_config(output: str | Path) -> AlibiConfig:
     """Return the output's config.
 

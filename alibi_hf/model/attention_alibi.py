@@ -6,14 +6,17 @@ behind them are this model's own, registered locally, so that no stock path can 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.modeling_utils import AttentionInterface
 
 from .bias_alibi import Distances
-from .dense_alibi import eager_attention, sdpa_attention
+from .dense_alibi import eager_attention
 from .flex_alibi import flex_alibi
+from .sdpa_alibi import sdpa_attention
+from .window_alibi import KeyNorms
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -47,11 +50,12 @@ def sdpa_attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     output_attentions: bool = False,
+    key_norms: Callable[[], KeyNorms | None] | None = None,
     **kwargs: Any,
 ) -> Output:
     """Attend with PyTorch's fused attention; returns `[batch, queries, heads, dim]`, weights only if asked for."""
     key, value = update_paged(module, key, value, kwargs)
-    output = sdpa_attention(query, key, value, distances, scaling, dropout)
+    output = sdpa_attention(query, key, value, distances, scaling, dropout, key_norms)
     weights = eager_attention(query, key, value, distances, scaling)[1] if output_attentions else None
     return output.transpose(1, 2), weights
 

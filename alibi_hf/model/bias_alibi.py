@@ -110,6 +110,8 @@ class Distances:
             (added); it then decides alone what is visible.
         row: `[batch or 1, heads, keys]`, upstream's rounded bias; None in exact mode.
         sqrt: the bias takes the square root of the distance.
+        window: keys that provably cannot matter may be left out.
+        window_eps: the share of a row's weight that may be left out; None: from the dtype.
     """
 
     slopes: torch.Tensor
@@ -124,6 +126,8 @@ class Distances:
     custom_mask: torch.Tensor | None = None
     row: torch.Tensor | None = None
     sqrt: bool = False
+    window: bool = False
+    window_eps: float | None = None
     _kept: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property

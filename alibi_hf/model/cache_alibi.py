@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .positions_alibi import is_tracing
+from .window_alibi import KeyNorms
 
 MIN_ROOM = 64  # tokens that a new buffer has room for, at least, beyond those it must hold
 ROOM_SHARE = 4  # and at least its length over this: each token is copied this many times in the long run
@@ -40,6 +41,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__(**kwargs)
         self._buffers: Pair | None = None  # [batch, key/value heads, capacity, head_dim]
         self._shown: Pair | None = None  # the views of the filled part that keys and values were set to
+        self._norms: KeyNorms | None = None  # of the first keys of `_shown`
 
     @classmethod
     def take_over(cls, layer: DynamicLayer) -> GrowingLayer:
@@ -56,9 +58,11 @@ class GrowingLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self._is_current():
+            self._norms = None
         new = (key_states, value_states)
         if not _may_write() or not all(map(_continues, new, (self.keys, self.values))):
-            self._buffers = self._shown = None
+            self._buffers = self._shown = self._norms = None
             return super().update(key_states, value_states, *args, **kwargs)
         start = _length(self.keys)
         stop = start + key_states.shape[-2]
@@ -69,6 +73,15 @@ class GrowingLayer(DynamicLayer):
                 _write(buffers, kept, 0)
         _write(buffers, new, start)
         return self._show(buffers, stop)
+
+    def key_norms(self) -> KeyNorms | None:
+        """Return the norms of all keys, reading only those that came since the last time; None where keys may change."""
+        if not self._is_current():
+            return None
+        if self._norms is None:
+            self._norms = KeyNorms(self.keys)
+        self._norms.extend(self.keys)
+        return self._norms
 
     def _writable_buffers(self, tokens: int) -> Pair | None:
         """Return the buffers if nothing but the room behind the last views would be written to, and it suffices."""
@@ -90,7 +103,7 @@ class GrowingLayer(DynamicLayer):
     def _release(self) -> None:
         """Let go of buffers that keys and values no longer lie in."""
         if not self._is_current():
-            self._buffers = self._shown = None
+            self._buffers = self._shown = self._norms = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the rows `beam_idx` `[beams]` of the batch, in buffers with room: beam search copies once a step."""
@@ -103,6 +116,7 @@ class GrowingLayer(DynamicLayer):
         buffers = _empty_like(kept, beam_idx.shape[0], capacity_for(tokens))
         for states, buffer in zip(kept, buffers, strict=True):
             torch.index_select(states, 0, beam_idx.to(states.device), out=buffer[..., :tokens, :])
+        self._norms = None
         self._show(buffers, tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -127,7 +141,7 @@ class GrowingLayer(DynamicLayer):
         self._release()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_buffers": None, "_shown": None}  # two copies must not write to one buffer
+        state = {**self.__dict__, "_buffers": None, "_shown": None, "_norms": None}  # copies must not share a buffer
         if self._buffers is not None:  # a view would be saved with all of its buffer
             state["keys"], state["values"] = self.keys.clone(), self.values.clone()
         return state
@@ -174,6 +188,13 @@ def grow(cache: Any) -> Any:
     A cache that offloads its layers to the CPU copies all of them anyway, and stays.
     """
     return GrowingCache.take_over(cache) if type(cache) is DynamicCache and not cache.offloading else cache
+
+
+def find_key_norms(cache: Any, layer_idx: int) -> Callable[[], KeyNorms | None] | None:
+    """Return what gives the norms of the keys of a layer, or None where the cache keeps none."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    return layer.key_norms if isinstance(layer, GrowingLayer) else None
 
 
 def _may_write() -> bool:

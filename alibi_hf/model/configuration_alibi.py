@@ -32,8 +32,6 @@ RESERVED = {
     "learned_positions": False,
     "sinusoidal_positions": False,
     "rope_parameters": None,
-    "attention_window": False,
-    "attention_window_eps": None,
 }
 
 
@@ -72,9 +70,12 @@ class AlibiConfig(PreTrainedConfig):
         alibi_rounding (`"exact"`, `"bloom"` or `"falcon"`): `"exact"` is ALiBi in float32 on relative distances; the
             others round slopes and bias bit for bit as Transformers' class of that family does.
         attention_dropout, hidden_dropout, embedding_dropout (`float`): dropout in training.
+        attention_window (`bool`, defaults to `True`): leave out, head by head, keys that provably cannot change what
+            attention computes, where that is faster. Dense attention without it; the numbers agree.
+        attention_window_eps (`float`, *optional*): the share of a query's attention that may be left out; if not given,
+            a quarter of the rounding of the dtype, and a sixteenth where gradients are wanted.
         initializer_range (`float`): standard deviation of new weights.
-        learned_positions, sinusoidal_positions, rope_parameters, attention_window, attention_window_eps: reserved;
-            only their defaults are accepted.
+        learned_positions, sinusoidal_positions, rope_parameters: reserved; only their defaults are accepted.
 
     Raises:
         StrictDataclassFieldValidationError: where a field has the wrong type or none of the accepted values.
@@ -134,7 +135,7 @@ class AlibiConfig(PreTrainedConfig):
     learned_positions: bool = False
     sinusoidal_positions: bool = False
     rope_parameters: dict | None = None
-    attention_window: bool = False
+    attention_window: bool = True
     attention_window_eps: float | int | None = None
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -208,6 +209,9 @@ class AlibiConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+        if self.attention_window_eps is not None and not 0 < self.attention_window_eps < 1:
+            raise ValueError(f"attention_window_eps={self.attention_window_eps} must be above 0 and below 1.")
 
     def _validate_alibi(self) -> None:
         if self.alibi_slopes is not None:

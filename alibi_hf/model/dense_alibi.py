@@ -1,7 +1,6 @@
-"""Attention with an explicit bias: eager, and sdpa in four forms, three of them over PyTorch's fused attention.
+"""Attention with an explicit bias: eager, and three forms over PyTorch's fused attention, on any device.
 
 * eager holds all scores `[batch, heads, queries, keys]`; it runs in float64 too and is the oracle of the others.
-* single: one query against a cache, as two products; no score but its own row.
 * row: few tokens in 16 bits; the bias is one row of keys.
 * ramp: bias and causality are functions of query - key alone. With the queries of a chunk in reverse order, the bias of
   the chunk is a Hankel matrix: a strided view of one line of `keys + chunk` numbers a head. Distances stay exact.
@@ -58,43 +57,6 @@ def eager_attention(
     return output, weights
 
 
-def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    distances: Distances,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Return attention output `[batch, heads, queries, dim]` by the form that fits; shapes as for `eager_attention`."""
-    form = {"single": _single, "row": _row, "ramp": _ramp, "block": _block}[choose_form(query, distances, dropout)]
-    return form(query, key, value, distances, scaling, dropout)
-
-
-def choose_form(query: torch.Tensor, distances: Distances, dropout: float) -> str:
-    """Return "single", "row", "ramp" or "block"."""
-    if query.shape[2] == 1:
-        return "single" if query.device.type == "cpu" and not is_tracing() and dropout == 0.0 else "block"
-    if _row_fits(query, distances, dropout):
-        return "row"
-    return "ramp" if distances.by_index else "block"
-
-
-def _row_fits(query: torch.Tensor, distances: Distances, dropout: float) -> bool:
-    """True where a row of absolute positions, with the kernel's own causality, loses nothing in 16 bits."""
-    padded_only = distances.custom_mask is None and distances.query_document is None and distances.row is None
-    return (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and query.device.type == "cpu"
-        and padded_only
-        and not distances.sqrt
-        and not is_tracing()
-        and dropout == 0.0
-        and query.shape[2] == distances.num_keys <= ROW_TOKENS
-        and fused_row_is_causal()
-    )
-
-
 @functools.cache
 def fused_row_is_causal() -> bool:
     """True if fused attention takes a mask together with `is_causal`: undocumented, so checked once, gradients too."""
@@ -141,41 +103,24 @@ def _attend(
     return output.to(dtype)
 
 
-def _single(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
+def row_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float
 ) -> torch.Tensor:
-    """Attend with one query by two products: on CPU the fused kernel reads long keys up to four times slower.
+    """Attend to as many keys as queries, by index alone, with absolute positions in the bias and the kernel's causality.
 
-    Keys come first in the product: the other way round, oneDNN copies keys that lie in a cache with room to grow.
+    Positions of float32 lose nothing in 16 bits, up to `ROW_TOKENS`.
     """
-    grouped = (query.shape[0], key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
-    with torch.autocast(query.device.type, enabled=False):
-        scores = torch.matmul(key, query.reshape(grouped).transpose(2, 3)).transpose(2, 3)
-        bias, blind = distances.block(0, 1, key.shape[2])
-        scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
-        scores = scores.reshape(*query.shape[:3], -1) + bias
-        weights = torch.softmax(scores, dim=-1).to(value.dtype)
-        output = torch.matmul(weights.view(*grouped[:3], -1), value).view(query.shape)
-    return output if blind is None else output.masked_fill(blind, 0.0)
-
-
-def _row(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
-) -> torch.Tensor:
     last = distances.num_keys - 1  # seen from the last query, the row differs from the others' only by a constant
     bias, _ = distances.block(last, last + 1, distances.num_keys)
-    output = _attend(query, key, value, bias, scaling, is_causal=True)
-    if distances.key_mask is None:
-        return output
-    seen = distances.key_mask.cumsum(-1) > 0  # queries before the first unmasked key see nothing
-    return output.masked_fill(~seen[:, None, :, None], 0.0)
+    return _attend(query, key, value, bias, scaling, is_causal=True)
 
 
-def _ramp(
+def ramp_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
 ) -> torch.Tensor:
+    """Attend chunk by chunk with a bias by distance (`Distances.by_index`); in one chunk while tracing."""
     queries, keys = query.shape[2], key.shape[2]
-    if is_tracing():  # one chunk: a loop over chunks would be unrolled, and the offset may be a tensor
+    if is_tracing():  # a loop over chunks would be unrolled, and the offset may be a tensor
         ramp = _ramp_line(distances, queries, keys, distances.offset)
         return _ramp_chunk(query, key, value, ramp, scaling, dropout)
     offset = int(distances.offset)
@@ -212,9 +157,10 @@ def _ramp_chunk(
     return _attend(query.flip(2), key, value, bias, scaling, dropout).flip(2)
 
 
-def _block(
+def block_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float, dropout: float
 ) -> torch.Tensor:
+    """Attend with any bias, chunk by chunk, so that memory stays bounded; at once while tracing."""
     queries, keys = query.shape[2], key.shape[2]
 
     def attend(start: int, stop: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_alibi import ALL_ATTENTION_FUNCTIONS, check_attention, eager_attention_forward
 from .bias_alibi import Distances
+from .cache_alibi import find_key_norms
 
 
 def make_norm(config: Any, size: int | None = None) -> nn.Module:
@@ -71,6 +72,7 @@ class AlibiAttention(nn.Module):
         query, key, value = self.project(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+            kwargs["key_norms"] = find_key_norms(past_key_values, self.layer_idx)
         check_attention(self.config._attn_implementation, self.config.attn_logit_softcapping)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         wants_weights = kwargs.pop("output_attentions", None)

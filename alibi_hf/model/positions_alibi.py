@@ -144,6 +144,8 @@ def make_distances(
         num_keys=keys,
         offset=offset,
         sqrt=config.alibi_distance == "sqrt",
+        window=config.attention_window,
+        window_eps=config.attention_window_eps,
     )
     if attention_mask is not None and attention_mask.dim() == 4:
         _use_custom_mask(distances, attention_mask, position_ids)

@@ -6,6 +6,7 @@ behind them are this model's own, registered locally, so that no stock path can 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 from .bias_alibi import Distances
 from .dense_alibi import eager_attention, sdpa_attention
 from .flex_alibi import flex_alibi
+from .segments_alibi import attend_segments, find_segments
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -51,7 +53,12 @@ def sdpa_attention_forward(
 ) -> Output:
     """Attend with PyTorch's fused attention; returns `[batch, queries, heads, dim]`, weights only if asked for."""
     key, value = update_paged(module, key, value, kwargs)
-    output = sdpa_attention(query, key, value, distances, scaling, dropout)
+    attend = functools.partial(sdpa_attention, scaling=scaling, dropout=dropout)
+    rows = find_segments(distances, query.shape[0])
+    if rows is None:
+        output = attend(query, key, value, distances)
+    else:
+        output = attend_segments(query, key, value, distances, rows, attend)
     weights = eager_attention(query, key, value, distances, scaling)[1] if output_attentions else None
     return output.transpose(1, 2), weights
 

@@ -82,11 +82,10 @@ def choose_form(query: torch.Tensor, distances: Distances, dropout: float) -> st
 
 def _row_fits(query: torch.Tensor, distances: Distances, dropout: float) -> bool:
     """True where a row of absolute positions, with the kernel's own causality, loses nothing in 16 bits."""
-    padded_only = distances.custom_mask is None and distances.query_document is None and distances.row is None
     return (
         query.dtype in (torch.bfloat16, torch.float16)
         and query.device.type == "cpu"
-        and padded_only
+        and distances.by_index
         and not distances.sqrt
         and not is_tracing()
         and dropout == 0.0
@@ -164,11 +163,7 @@ def _row(
 ) -> torch.Tensor:
     last = distances.num_keys - 1  # seen from the last query, the row differs from the others' only by a constant
     bias, _ = distances.block(last, last + 1, distances.num_keys)
-    output = _attend(query, key, value, bias, scaling, is_causal=True)
-    if distances.key_mask is None:
-        return output
-    seen = distances.key_mask.cumsum(-1) > 0  # queries before the first unmasked key see nothing
-    return output.masked_fill(~seen[:, None, :, None], 0.0)
+    return _attend(query, key, value, bias, scaling, is_causal=True)
 
 
 def _ramp(

@@ -3,6 +3,7 @@
 * Slopes come from the closed form in float64 and are rounded to float32 once; they are never a buffer.
 * A distance is the number of unmasked tokens between query and key of one document; the bias is minus slope times
   distance, in float32, whatever the dtype of the model.
+* A masked token neither is read nor reads: its attention output is zero.
 * `Distances` is made once a forward call and handed to every layer; the backends read nothing else.
 
 ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409, section 3; for head counts that are no power
@@ -128,13 +129,18 @@ class Distances:
     sqrt: bool = False
     window: bool = False
     window_eps: float | None = None
-    _kept: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict, repr=False)
+    _kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)  # made once a call, for all layers
 
     @property
     def by_index(self) -> bool:
         """True where bias and visibility are functions of `query_index - key_index` alone."""
         special = (self.key_position, self.key_document, self.key_mask, self.custom_mask, self.row)
         return all(value is None for value in special)
+
+    @property
+    def query_mask(self) -> torch.Tensor | None:
+        """Bool `[batch, queries]`, True for a query that counts; None where all do. The others read nothing."""
+        return None if self.key_mask is None else self.key_mask[:, self.query_index]
 
     def heads(self, start: int, count: int) -> Distances:
         """Return the distances of `count` heads from head `start` on: what one tensor-parallel rank needs."""
@@ -210,8 +216,9 @@ class Distances:
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         key_index = torch.arange(num_keys, device=self.slopes.device)
         visible = (key_index <= self.query_index[start:stop, None])[None, None]
-        if self.key_mask is not None:
+        if self.key_mask is not None and self.query_mask is not None:
             visible = visible & self.key_mask[:, None, None, :num_keys]
+            visible = visible & self.query_mask[:, None, start:stop, None]
         if self.query_document is not None and self.key_document is not None:
             same = self.query_document[:, start:stop, None] == self.key_document[:, None, :num_keys]
             visible = visible & same[:, None]

@@ -75,7 +75,7 @@ class GrowingLayer(DynamicLayer):
         return self._show(buffers, stop)
 
     def key_norms(self) -> KeyNorms | None:
-        """Return the norms of all keys, reading only those that came since the last time; None where keys may change."""
+        """Return the norms of all keys, reading only those that are new; None where a graph may hold them."""
         if not self._is_current():
             return None
         if self._norms is None:

@@ -106,7 +106,7 @@ def _attend(
 def row_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, distances: Distances, scaling: float
 ) -> torch.Tensor:
-    """Attend to as many keys as queries, by index alone, with absolute positions in the bias and the kernel's causality.
+    """Attend by index, to as many keys as queries, with absolute positions in the bias and the kernel's causality.
 
     Positions of float32 lose nothing in 16 bits, up to `ROW_TOKENS`.
     """

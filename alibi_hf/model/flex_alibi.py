@@ -138,6 +138,4 @@ def _blind_rows(distances: Distances) -> torch.Tensor | None:
     if mask is not None:
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         return ~visible.any(-1, keepdim=True)
-    if distances.key_mask is None:
-        return None
-    return (distances.key_mask.cumsum(-1) == 0)[:, distances.query_index][:, None, :, None]
+    return None if distances.query_mask is None else ~distances.query_mask[:, None, :, None]

@@ -126,7 +126,8 @@ class AlibiModel(AlibiPreTrainedModel):
         Args:
             input_ids: `[batch, tokens]`; or `inputs_embeds`: `[batch, tokens, hidden]`, exactly one of the two.
             attention_mask: `[batch, cached + tokens]`, nonzero where a token counts, or a 4-D mask
-                `[batch or 1, heads or 1, tokens, cached + tokens]`, bool (True: visible) or float (added).
+                `[batch or 1, heads or 1, tokens, cached + tokens]`, bool (True: visible) or float (added). A token that
+                a 2-D mask masks reads nothing either: its attention output is zero.
             position_ids: `[batch or 1, tokens]`; only where they step by something other than +1 do they matter: a new
                 document starts there. With a 4-D mask and one entry a key they are the positions.
             past_key_values: a Transformers cache; `use_cache` makes one if there is none.

@@ -25,8 +25,8 @@ from .bias_alibi import MASKED, Distances
 CHUNK = 256  # queries of a tile
 CALL_PAIRS = 20_000  # what starting a tile costs, in pairs of query and key of one head
 
-_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +171,9 @@ def _attend(
     return extras
 
 
-def _fused(*args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
     with torch.autocast("cpu", enabled=False):  # it would round the bias to 16 bits
-        return F.scaled_dot_product_attention(*args, **kwargs), None
+        return F.scaled_dot_product_attention(query, key, value, **kwargs), None
 
 
 class _Tiles(torch.autograd.Function):

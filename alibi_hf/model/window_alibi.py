@@ -1,7 +1,7 @@
 """The provable window: how far back a head can look before keys no longer change what it computes.
 
-Write a_ij = s_ij - m (i - j) for the score of query i and key j with its bias, m being the slope of the head. Softmax of
-a row does not change when all keys move by one vector c, so s_ij may be taken as scale q_i.(k_j - c), and is at most
+Write a_ij = s_ij - m (i - j) for the score of query i and key j with its bias, m being the slope of the head. Softmax
+of a row does not change when all keys move by one vector c, so s_ij may be taken as scale q_i.(k_j - c), and is at most
 scale |q_i| rho with rho the largest |k_j - c|. For any lower bound b_i of the logarithm of the row's denominator, keys
 farther than w take at most this share of row i:
 
@@ -16,10 +16,10 @@ M = max|dO| max|v| the gradients move by at most
 Two bounds b_i are used, whichever is larger:
 
 * self score: the row contains its own key, so ln Z_i >= s_ii.
-* block Jensen: over the n = 128 b keys of the b whole blocks before the query's own, b in {1, 2, 4, 8}, the logarithm of
-  a mean is at least the mean of the logarithms: ln Z_i >= ln n + scale q_i.(mean of those k - c) - m (mean distance).
-  It is worth ln n on shallow heads. Rows of the first block have none, and need none: where a window is at least a block
-  long, they drop nothing.
+* block Jensen: over the n = 128 b keys of the b whole blocks before the query's own, b in {1, 2, 4, 8}, the logarithm
+  of a mean is at least the mean of the logarithms: ln Z_i >= ln n + scale q_i.(mean of k - c) - m (mean distance). It
+  is worth ln n on shallow heads. Rows of the first block have none, and need none: no window is shorter than a block,
+  so they drop nothing.
 
 So with eps a fraction of the dtype's own rounding, the window is exact in that dtype, whatever the data: large norms
 give windows as long as the text, and dense attention.
@@ -173,7 +173,7 @@ def decode_windows(
     """Return the window of each head for one query at the last key, float32 `[heads]`; as `head_windows`.
 
     Args:
-        query: `[batch, heads, 1, dim]`; key: `[batch, key/value heads, keys, dim]`, at least `BLOCK` keys.
+        query: `[batch, heads, 1, dim]`; key: `[batch, key/value heads, keys, dim]`, the last `BLOCK` of which it sees.
         norms: of these keys.
     """
     heads = query[:, :, 0].float().unflatten(1, (key.shape[1], -1))  # [batch, key/value heads, group, dim]
@@ -181,6 +181,7 @@ def decode_windows(
     recent = key[:, :, -BLOCK:].float() - norms.centre
     centred = torch.stack([recent[:, :, -1], recent.mean(2)], dim=-1)  # the query's own key, and the mean of a block
     scores = torch.matmul(heads, centred) * scaling
-    jensen = scores[..., 1] + math.log(BLOCK) - slopes.unflatten(0, (key.shape[1], -1)) * ((BLOCK - 1) / 2)
+    count = recent.shape[2]
+    jensen = scores[..., 1] + math.log(count) - slopes.unflatten(0, (key.shape[1], -1)) * ((count - 1) / 2)
     lower = torch.maximum(scores[..., 0], jensen)
     return windows_of_gap((largest * (1 + ROUNDING) - lower).amax(0).flatten(), slopes, eps)

@@ -5,7 +5,7 @@
 
 R is the largest score that the norms of queries and keys allow: max|q| max|k| / sqrt(head_dim), in nats. The weight of
 a key at distance t is at most exp(2R - slope t); a window of w keys drops at most eps of a row's weight for
-w >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's tighter bound puts in place of 2R.
+w + 1 >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's tighter bound puts in place of 2R.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def tight_bound(query: torch.Tensor, key: torch.Tensor) -> list[float] | None:
 
 def plain_window(exponent: float, slope: float, eps: float) -> int:
     """Return the least w that drops at most `eps`, where a key at distance t weighs at most exp(exponent - slope t)."""
-    return math.ceil((exponent - math.log(eps) - math.log(-math.expm1(-slope))) / slope)
+    return math.ceil((exponent - math.log(eps) - math.log(-math.expm1(-slope))) / slope) - 1
 
 
 def share_kept(window: int, length: int) -> float:

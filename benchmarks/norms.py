@@ -4,8 +4,8 @@
     python -m benchmarks.norms --length 4096 --dtype bf16
 
 R is the largest score that the norms of queries and keys allow: max|q| max|k| / sqrt(head_dim), in nats. The weight of
-a key at distance t is at most exp(2R - slope t); a window of w keys drops at most eps of a row's weight for
-w + 1 >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's tighter bound puts in place of 2R.
+a key at distance t is at most exp(2R - slope t), and the keys beyond distance w weigh at most eps for
+w + 1 >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's own bound has instead.
 """
 
 from __future__ import annotations

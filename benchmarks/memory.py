@@ -1,0 +1,69 @@
+"""Peak memory of one call over what was there before it.
+
+On CPU it is the peak of the resident set, which the kernel can start anew (Linux); each measurement runs in a process
+of its own, so that no allocator hands out what an earlier call has left. On CUDA it is PyTorch's own count.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TypeVar
+from unittest.mock import patch
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # what the kernel wants to read to set VmHWM back to VmRSS; proc(5)
+# glibc then gives every larger tensor back as soon as it is freed, and the resident set follows the allocations.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+Result = TypeVar("Result")
+
+
+class ChildDiedError(RuntimeError):
+    """The process that measured was killed, as a rule for want of memory."""
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Return by how many bytes memory rises at most while `call` runs; None where the system does not count it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:
+    """Return `function(*args)`, computed in a new process.
+
+    Args:
+        function: importable by name; what it takes and returns can be pickled.
+
+    Raises:
+        ChildDiedError: where the process is killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, ALLOCATOR), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise ChildDiedError("the process was killed, probably for want of memory") from error
+
+
+def _status(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,116 @@
+"""The norms that decide how far a provable window reaches, of every layer and head of the shipped checkpoints.
+
+    python -m benchmarks.norms
+    python -m benchmarks.norms --length 4096 --dtype bf16
+
+R is the largest score that the norms of queries and keys allow: max|q| max|k| / sqrt(head_dim), in nats. The weight of
+a key at distance t is at most exp(2R - slope t), and the keys beyond distance w weigh at most eps for
+w + 1 >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's own bound has instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from alibi_hf.families._truth import true_slopes
+from benchmarks.inputs import CHECKPOINTS, score_bound, trained_layers
+from benchmarks.options import DTYPES, dtype_name, settings
+from benchmarks.report import Report, make_console, result_path
+
+
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Run the command; returns what it has written."""
+    options = parse(arguments)
+    path = options.output or result_path("norms", "cpu")
+    report, console = Report.start("norms", settings(options), "cpu"), make_console()
+    for folder in options.checkpoints:
+        for layer, states in enumerate(trained_layers(folder, options.length)):
+            report.results += describe_layer(folder.name, layer, states, DTYPES[options.dtype])
+        console.print(table(folder.name, options.length, report))
+    report.save(path)
+    console.print(f"Results: {path}")
+    return report
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.norms", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=list(CHECKPOINTS), help="folders")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of text (default: %(default)s)")
+    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="whose rounding is eps (default: bf16)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/, by machine)")
+    return parser.parse_args(arguments)
+
+
+def describe_layer(
+    checkpoint: str, layer: int, states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Return one row a head: slope, R, G, the window that 2R gives, and the share of causal pairs it keeps."""
+    query, key, _ = (part.to(dtype) for part in states)
+    slopes, norms = true_slopes(query.shape[1]), score_bound(query, key)
+    tight = tight_bound(query, key)
+    rows = []
+    for head, (slope, norm) in enumerate(zip(slopes.tolist(), norms.tolist(), strict=True)):
+        window = min(query.shape[2], plain_window(2 * norm, slope, torch.finfo(dtype).eps / 4))
+        rows.append(
+            {
+                "checkpoint": checkpoint,
+                "layer": layer,
+                "head": head,
+                "slope": slope,
+                "R": norm,
+                "G": None if tight is None else tight[head],
+                "window": window,
+                "share": share_kept(window, query.shape[2]),
+            }
+        )
+    return rows
+
+
+def tight_bound(query: torch.Tensor, key: torch.Tensor) -> list[float] | None:
+    """Return G of each head by the package's own bound; None where the package has none."""
+    return None
+
+
+def plain_window(exponent: float, slope: float, eps: float) -> int:
+    """Return the least w that drops at most `eps`, where a key at distance t weighs at most exp(exponent - slope t)."""
+    return math.ceil((exponent - math.log(eps) - math.log(-math.expm1(-slope))) / slope) - 1
+
+
+def share_kept(window: int, length: int) -> float:
+    """Return the share of causal pairs whose distance is at most `window`."""
+    distances = min(window, length - 1) + 1
+    return distances * (2 * length - distances + 1) / (length * (length + 1))
+
+
+def table(checkpoint: str, length: int, report: Report) -> Table:
+    """Return R, G and the kept share of a checkpoint: a row a layer, its heads from the steepest on."""
+    rows = [row for row in report.results if row["checkpoint"] == checkpoint]
+    shown = Table(
+        title=f"{checkpoint}, {length} tokens",
+        title_justify="left",
+        caption="R, G in nats, by head from the steepest; kept: share of causal pairs in the windows of 2R",
+        caption_justify="left",
+    )
+    for name in ("layer", "R", "G", "kept"):
+        shown.add_column(name, justify="right" if name in ("layer", "kept") else "left")
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = sorted((row for row in rows if row["layer"] == layer), key=lambda row: -row["slope"])
+        shown.add_row(
+            str(layer),
+            " ".join(f"{row['R']:.1f}" for row in own),
+            " ".join("-" if row["G"] is None else f"{row['G']:.1f}" for row in own),
+            f"{sum(row['share'] for row in own) / len(own):.2f}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()

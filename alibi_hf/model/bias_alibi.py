@@ -110,6 +110,7 @@ class Distances:
             (added); it then decides alone what is visible.
         row: `[batch or 1, heads, keys]`, upstream's rounded bias; None in exact mode.
         sqrt: the bias takes the square root of the distance.
+        shared: what a backend works out once a call, whatever the heads, by name.
     """
 
     slopes: torch.Tensor
@@ -124,6 +125,7 @@ class Distances:
     custom_mask: torch.Tensor | None = None
     row: torch.Tensor | None = None
     sqrt: bool = False
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     _kept: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -155,7 +157,7 @@ class Distances:
             for name, value in values.items()
             if isinstance(value, torch.Tensor)
         }
-        return dataclasses.replace(self, **moved, _kept={})
+        return dataclasses.replace(self, **moved, shared={}, _kept={})
 
     def bias(self, delta: torch.Tensor) -> torch.Tensor:
         """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`.

@@ -113,6 +113,7 @@ class Distances:
         sqrt: the bias takes the square root of the distance.
         window: keys that provably cannot matter may be left out.
         window_eps: the share of a row's weight that may be left out; None: from the dtype.
+        shared: what a backend works out once a call, whatever the heads, by name.
     """
 
     slopes: torch.Tensor
@@ -129,7 +130,8 @@ class Distances:
     sqrt: bool = False
     window: bool = False
     window_eps: float | None = None
-    _kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)  # made once a call, for all layers
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)  # likewise, but for these heads
 
     @property
     def by_index(self) -> bool:
@@ -165,7 +167,7 @@ class Distances:
             for name, value in values.items()
             if isinstance(value, torch.Tensor)
         }
-        return dataclasses.replace(self, **moved, _kept={})
+        return dataclasses.replace(self, **moved, shared={}, _kept={})
 
     def bias(self, delta: torch.Tensor) -> torch.Tensor:
         """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`.

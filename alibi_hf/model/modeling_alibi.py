@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_alibi import check_attention
+from .attention_alibi import is_flash, resolve_attention
 from .bias_alibi import Distances
 from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
@@ -80,15 +80,26 @@ class AlibiPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        """Refuse backends that cannot compute this config's attention; the rest is Transformers' own check.
+        """Return the backend that runs; refuse what cannot compute this config's attention.
 
         Raises:
             ValueError: naming the backend, and those that can.
         """
-        if requested_attention is None and self.config.attn_logit_softcapping is not None:
-            requested_attention = "eager"  # Transformers' default, sdpa, has no soft cap
-        check_attention(requested_attention, self.config.attn_logit_softcapping)
-        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+        device = next((parameter.device.type for parameter in self.parameters()), "meta")
+        if device == "meta":  # not loaded yet
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = resolve_attention(requested_attention, self.config, device)
+        if name == "flash_attention_2":
+            return name  # Transformers' own check asks whether its path, which drops the slopes, is supported
+        return super().get_correct_attn_implementation(name, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+    ) -> str:
+        """Keep Transformers from importing or downloading flash attention: what runs is decided above."""
+        if is_flash(attn_implementation):
+            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check, *args, **kwargs)
 
     def _can_set_attn_implementation(self) -> bool:
         return True  # the class that calls the interface lives in a file beside this one
@@ -207,6 +218,19 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         made = model_kwargs.get("past_key_values")
         if given is None and made is not None and generation_config.cache_implementation is None:
             model_kwargs["past_key_values"] = grow(made)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Start continuous batching, which `generate_batch` does too.
+
+        Raises:
+            ValueError: with flash attention, whose paged cache is not read here.
+        """
+        if is_flash(self.config._attn_implementation):
+            raise ValueError(
+                f"{self.config._attn_implementation} cannot serve generate_batch; call "
+                "set_attn_implementation('sdpa') first, or 'eager'."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def create_masks_for_generate(
         self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Cache, **kwargs: Any

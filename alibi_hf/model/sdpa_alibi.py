@@ -125,18 +125,18 @@ def _decode_window_fits(key: torch.Tensor, distances: Distances) -> bool:
         return False
     if distances.key_mask is None:
         return True
-    if "unbroken" not in distances._kept:
+    if "unbroken" not in distances.shared:
         kept = distances.key_mask.sum(-1)
         left_padded = kept == distances.num_keys - distances.key_mask.int().argmax(-1)
-        distances._kept["unbroken"] = bool((left_padded & (kept >= BLOCK)).all())
-    return distances._kept["unbroken"]
+        distances.shared["unbroken"] = bool((left_padded & (kept >= BLOCK)).all())
+    return distances.shared["unbroken"]
 
 
 def _explain(distances: Distances, form: str, reason: str, query: torch.Tensor, key: torch.Tensor) -> None:
     """Say once a call, in the first layer, which form computes it."""
-    if is_tracing() or "explained" in distances._kept:
+    if is_tracing() or "explained" in distances.shared:
         return
-    distances._kept["explained"] = True
+    distances.shared["explained"] = True
     logger.debug(
         f"sdpa: {form} form ({reason}) for {query.shape[2]} queries and {key.shape[2]} keys, {query.shape[1]} heads, "
         f"{query.dtype}, {query.device.type}."

@@ -63,9 +63,9 @@ def find_segments(distances: Distances, batch: int) -> list[Rows] | None:
     plain = distances.key_mask is None and distances.key_document is None
     if is_tracing() or special or plain or distances.query_index.numel() == 1:
         return None
-    if ("segments", batch) not in distances._kept:
-        distances._kept["segments", batch] = _find(distances, batch)
-    return distances._kept["segments", batch]
+    if ("segments", batch) not in distances.shared:
+        distances.shared["segments", batch] = _find(distances, batch)
+    return distances.shared["segments", batch]
 
 
 def _find(distances: Distances, batch: int) -> list[Rows] | None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -88,8 +89,8 @@ def _own(problem: Problem) -> tuple[torch.Tensor, ...]:
 def _ours(implementation: str, window: bool, problem: Problem) -> Core:
     embeds = problem.query.new_empty(1, problem.length, 0)
     distances = make_distances(problem.config, embeds, None, None, None, None, 0)
-    config = SimpleNamespace(attention_window=window, attention_window_eps=None)
-    module: Any = SimpleNamespace(config=config, layer_idx=0, training=False)
+    distances = dataclasses.replace(distances, window=window)
+    module: Any = SimpleNamespace(layer_idx=0)
     function = FUNCTIONS[implementation]
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -3,15 +3,13 @@
     python -m benchmarks.norms
     python -m benchmarks.norms --length 4096 --dtype bf16
 
-R is the largest score that the norms of queries and keys allow: max|q| max|k| / sqrt(head_dim), in nats. The weight of
-a key at distance t is at most exp(2R - slope t), and the keys beyond distance w weigh at most eps for
-w + 1 >= (2R + ln(1/eps) - ln(1 - exp(-slope))) / slope. G <= 2R is what the package's own bound has instead.
+R is the largest score that the norms of queries and keys allow: max|q| max|k| / sqrt(head_dim), in nats. G <= 2R takes
+the place of 2R in the package's own bound (`alibi_hf/model/window_alibi.py`), and decides the windows.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from rich.table import Table
 
 from alibi_hf.families._truth import true_slopes
+from alibi_hf.model.window_alibi import default_eps, head_gaps, windows_of_gap
 from benchmarks.inputs import CHECKPOINTS, score_bound, trained_layers
 from benchmarks.options import DTYPES, dtype_name, settings
 from benchmarks.report import Report, make_console, result_path
@@ -52,13 +51,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def describe_layer(
     checkpoint: str, layer: int, states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Return one row a head: slope, R, G, the window that 2R gives, and the share of causal pairs it keeps."""
+    """Return one row a head: slope, R, G, its window, and the share of causal pairs it keeps."""
     query, key, _ = (part.to(dtype) for part in states)
     slopes, norms = true_slopes(query.shape[1]), score_bound(query, key)
-    tight = tight_bound(query, key)
+    eps = default_eps(dtype, gradients=False)
+    gaps = head_gaps(query, key, slopes.float(), query.shape[3] ** -0.5)
+    windows = windows_of_gap(gaps, slopes.float(), eps).clamp(max=query.shape[2])
     rows = []
     for head, (slope, norm) in enumerate(zip(slopes.tolist(), norms.tolist(), strict=True)):
-        window = min(query.shape[2], plain_window(2 * norm, slope, torch.finfo(dtype).eps / 4))
         rows.append(
             {
                 "checkpoint": checkpoint,
@@ -66,22 +66,12 @@ def describe_layer(
                 "head": head,
                 "slope": slope,
                 "R": norm,
-                "G": None if tight is None else tight[head],
-                "window": window,
-                "share": share_kept(window, query.shape[2]),
+                "G": float(gaps[head]),
+                "window": int(windows[head]),
+                "share": share_kept(int(windows[head]), query.shape[2]),
             }
         )
     return rows
-
-
-def tight_bound(query: torch.Tensor, key: torch.Tensor) -> list[float] | None:
-    """Return G of each head by the package's own bound; None where the package has none."""
-    return None
-
-
-def plain_window(exponent: float, slope: float, eps: float) -> int:
-    """Return the least w that drops at most `eps`, where a key at distance t weighs at most exp(exponent - slope t)."""
-    return math.ceil((exponent - math.log(eps) - math.log(-math.expm1(-slope))) / slope) - 1
 
 
 def share_kept(window: int, length: int) -> float:
@@ -96,7 +86,7 @@ def table(checkpoint: str, length: int, report: Report) -> Table:
     shown = Table(
         title=f"{checkpoint}, {length} tokens",
         title_justify="left",
-        caption="R, G in nats, by head from the steepest; kept: share of causal pairs in the windows of 2R",
+        caption="R, G in nats, by head from the steepest; kept: share of causal pairs in the windows",
         caption_justify="left",
     )
     for name in ("layer", "R", "G", "kept"):
@@ -106,7 +96,7 @@ def table(checkpoint: str, length: int, report: Report) -> Table:
         shown.add_row(
             str(layer),
             " ".join(f"{row['R']:.1f}" for row in own),
-            " ".join("-" if row["G"] is None else f"{row['G']:.1f}" for row in own),
+            " ".join(f"{row['G']:.1f}" for row in own),
             f"{sum(row['share'] for row in own) / len(own):.2f}",
         )
     return shown

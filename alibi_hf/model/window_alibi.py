@@ -64,18 +64,23 @@ def head_windows(
         eps: the share of a row's weight that may be dropped, see `default_eps`.
         whole_rows: every query sees all keys before it; False with documents or padding.
     """
+    return windows_of_gap(head_gaps(query, key, slopes, scaling, whole_rows), slopes, eps)
+
+
+def head_gaps(
+    query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, scaling: float, whole_rows: bool = True
+) -> torch.Tensor:
+    """Return the largest gap between the bounds of a row, G above, float32 `[heads]`, in nats; as `head_windows`."""
     groups = query.shape[1] // key.shape[1]
     parts = key.shape[1] if query.device.type == "cpu" else 1  # head by head, what is read twice stays in a CPU's cache
     with torch.no_grad():
         pieces = zip(query.chunk(parts, 1), key.chunk(parts, 1), slopes.chunk(parts), strict=True)
-        gap = torch.cat([_gaps(*piece, groups, scaling, whole_rows) for piece in pieces])
-    return windows_of_gap(gap, slopes, eps)
+        return torch.cat([_gaps(*piece, groups, scaling, whole_rows) for piece in pieces])
 
 
 def _gaps(
     query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, groups: int, scaling: float, whole_rows: bool
 ) -> torch.Tensor:
-    """Return the largest gap between the bounds of a row, G above, float32 `[heads]`."""
     query, key = query.float().unflatten(1, (-1, groups)), key.float()
     centred = key - centre(key)
     spread = row_norms(centred).amax(-1)[:, :, None, None]
@@ -84,11 +89,11 @@ def _gaps(
     lower = (query * own).sum(-1) * scaling
     if whole_rows:
         lower = torch.maximum(lower, _jensen(query, centred, slopes.unflatten(0, (-1, groups)), scaling))
-    return (largest * (1 + ROUNDING) - lower).amax(-1).amax(0).flatten()
+    return (largest * (1 + ROUNDING) - lower).amax(-1).amax(0).flatten().clamp(min=0)
 
 
 def windows_of_gap(gap: torch.Tensor, slopes: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return the window of each head, float32 `[heads]`, from the largest gap between a row's bounds (G above)."""
+    """Return the window of each head, float32 `[heads]`, from `head_gaps`."""
     tail = -torch.log(-torch.expm1(-slopes))
     windows = (gap + math.log(1 / eps) + tail) / slopes
     return torch.nan_to_num(windows, nan=torch.inf, posinf=torch.inf).clamp(min=BLOCK)

@@ -1,7 +1,6 @@
 """Rounds, memory, norms and pictures: what the two benchmarks stand on. The clock of these tests is a fake."""
 
 import json
-import math
 import os
 
 import pytest
@@ -84,17 +83,6 @@ def test_a_fresh_process_answers_or_its_death_is_named():
         in_fresh_process(os._exit, 1)
 
 
-@pytest.mark.parametrize("slope", [0.5, 2**-8])
-def test_plain_window_is_the_least_that_drops_eps(slope):
-    exponent, eps = 12.0, 1e-3
-
-    def dropped(window: int) -> float:
-        return sum(math.exp(exponent - slope * t) for t in range(window + 1, window + 20000))
-
-    window = norms.plain_window(exponent, slope, eps)
-    assert dropped(window) <= eps < dropped(window - 1)
-
-
 @pytest.mark.parametrize("window", [0, 3, 9, 50])
 def test_share_kept_counts_causal_pairs(window):
     kept = sum(1 for query in range(10) for key in range(query + 1) if query - key <= window)
@@ -110,7 +98,7 @@ def test_norms_of_every_layer_and_head(tmp_path):
     assert {row["checkpoint"] for row in rows} == {folder.name for folder in CHECKPOINTS}
     for row in rows:
         assert row["R"] > 0 and 0 < row["share"] <= 1
-        assert row["G"] is None or row["G"] <= 2 * row["R"] + 1e-3
+        assert 0 <= row["G"] <= 2 * row["R"] * (1 + 1e-3)
 
 
 def row(**values):

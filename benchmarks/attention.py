@@ -90,43 +90,56 @@ def measure(problem: Problem, options: argparse.Namespace, report: Report) -> No
     """Add the errors, times and memory of one problem to the report."""
     if options.device.startswith("cuda"):
         torch._dynamo.reset()  # every shape is compiled afresh: none runs on a kernel for lengths that vary
-    backward = PASSES[1] in options.passes
-    cores = {}
-    for name in options.contenders:
-        reason = CONTENDERS[name].left_out(problem, backward) or too_slow(name, problem, options.slowest, report)
-        if reason:
-            report.left_out.append({**problem.describe(), "contender": name, "reason": reason})
-        else:
-            cores[name] = CONTENDERS[name].prepare(problem)
-    found = measure_errors(problem, cores, backward)
-    memory = measure_memory(problem, list(cores), options) if options.memory else {}
+    plan = make_plan(problem, options, report)
+    passes = {name: [p for (p, _), names in plan.items() if name in names] for name in options.contenders}
+    cores = {name: CONTENDERS[name].prepare(problem) for name in options.contenders if passes[name]}
+    found = measure_errors(problem, cores, [name for name in cores if PASSES[1] in passes[name]])
+    memory = measure_memory(problem, {name: passes[name] for name in cores}, options) if options.memory else {}
+    for (name, count), contenders in plan.items():
+        calls = {each: functools.partial(RUNS[name], cores[each], problem.grad) for each in contenders}
+        with threads(count):
+            timings = interleave(calls, options.repeats, options.seconds, options.device) if calls else {}
+        for contender, timing in timings.items():
+            report.results.append(
+                {
+                    **problem.describe(),
+                    "pass": name,
+                    "threads": count,
+                    "contender": contender,
+                    **timing.to_dict(),
+                    "ratio_to": contenders[0],
+                    "error": _errors_of(found[contender], name),
+                    "peak_bytes": memory.get((contender, name)),
+                }
+            )
+
+
+def make_plan(problem: Problem, options: argparse.Namespace, report: Report) -> dict[tuple[str, int], list[str]]:
+    """Return the contenders to run by pass and number of threads; those left out go to the report."""
+    plan: dict[tuple[str, int], list[str]] = {}
     for name in options.passes:
-        run = RUNS[name]
-        calls = {contender: functools.partial(run, core, problem.grad) for contender, core in cores.items()}
         for count in options.threads:
-            with threads(count):
-                timings = interleave(calls, options.repeats, options.seconds, options.device) if calls else {}
-            for contender, timing in timings.items():
-                report.results.append(
-                    {
-                        **problem.describe(),
-                        "pass": name,
-                        "threads": count,
-                        "contender": contender,
-                        **timing.to_dict(),
-                        "ratio_to": next(iter(timings)),
-                        "error": _errors_of(found[contender], name),
-                        "peak_bytes": memory.get((contender, name)),
-                    }
-                )
+            plan[name, count] = []
+            for contender in options.contenders:
+                case = {**problem.describe(), "pass": name, "threads": count, "contender": contender}
+                reason = CONTENDERS[contender].left_out(problem, backward=name == PASSES[1])
+                reason = reason or too_slow(case, options.slowest, report)
+                if reason is None:
+                    plan[name, count].append(contender)
+                else:
+                    report.left_out.append({**case, "reason": reason})
+    return plan
 
 
-def too_slow(contender: str, problem: Problem, slowest: float, report: Report) -> str | None:
-    """Return why a contender is left out that is slower than `slowest` seconds a call, as shorter inputs foretell."""
-    about = {key: value for key, value in problem.describe().items() if key not in ("length", "inputs")}
-    shorter = [row for row in report.results if row.items() >= {**about, "contender": contender}.items()]
-    expected = max((row["median_ms"] / 1e3 * (problem.length / row["length"]) ** 2 for row in shorter), default=0.0)
-    return f"would take about {expected:.0f} s a call, --slowest is {slowest:g}" if expected > slowest else None
+def too_slow(case: dict[str, Any], slowest: float, report: Report) -> str | None:
+    """Return why a case is left out that takes more than `slowest` seconds a call, as shorter inputs foretell."""
+    same = {key: value for key, value in case.items() if key not in ("length", "inputs")}
+    shorter = [row for row in report.results if row.items() >= same.items()]
+    expected = max((row["median_ms"] / 1e3 * (case["length"] / row["length"]) ** 2 for row in shorter), default=0.0)
+    if expected <= slowest:
+        return None
+    words = f"{case['pass']} with threads={case['threads']}"
+    return f"{words} would take about {expected:.0f} s a call, --slowest is {slowest:g}"
 
 
 def run_forward(core: Core, grad: torch.Tensor) -> torch.Tensor:
@@ -145,14 +158,19 @@ def run_backward(core: Core, grad: torch.Tensor) -> tuple[torch.Tensor, Sequence
 RUNS: dict[str, Callable[..., Any]] = dict(zip(PASSES, (run_forward, run_backward), strict=True))
 
 
-def measure_errors(problem: Problem, cores: dict[str, Core], backward: bool) -> dict[str, dict[str, Any] | None]:
-    """Return the errors against float64 of each contender; None for one without ALiBi, which computes another thing."""
+def measure_errors(
+    problem: Problem, cores: dict[str, Core], backward: Sequence[str]
+) -> dict[str, dict[str, Any] | None]:
+    """Return the errors against float64 of each contender, of the gradients too for those named in `backward`.
+
+    A contender without ALiBi computes another thing: None.
+    """
     judged = [name for name in cores if CONTENDERS[name].alibi]
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(cores)
-    truth = make_truth(problem, backward) if judged else None
+    truth = make_truth(problem, bool(backward)) if judged else None
     for name in judged:
         assert truth is not None
-        if backward:
+        if name in backward:
             output, gradients = run_backward(cores[name], truth.grad)
             found[name] = errors(truth, output, cores[name].split(gradients))
         else:
@@ -166,11 +184,14 @@ def _errors_of(found: dict[str, Any] | None, name: str) -> dict[str, Any] | None
     return {"output": found["output"]}
 
 
-def measure_memory(problem: Problem, contenders: list[str], options: argparse.Namespace) -> dict[tuple[str, str], int]:
+def measure_memory(
+    problem: Problem, passes: dict[str, list[str]], options: argparse.Namespace
+) -> dict[tuple[str, str], int]:
     """Return the peak memory by contender and pass, in bytes over the inputs; on CPU from a new process each."""
     found: dict[tuple[str, str], int] = {}
-    for contender in contenders:
-        case = (problem.describe(), contender, options.passes, options.device, max(options.threads))
+    for contender, names in passes.items():
+        names = list(dict.fromkeys(names))
+        case = (problem.describe(), contender, names, options.device, max(options.threads))
         try:
             on_cuda = options.device.startswith("cuda")
             peaks = core_peaks(*case) if on_cuda else in_fresh_process(core_peaks, *case)
@@ -201,22 +222,28 @@ def table(problem: Problem, report: Report) -> Table:
     caption = f"ms a call: median ± IQR (times {rows[0]['ratio_to']}); error: root mean square over the truth's"
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("contender", no_wrap=True)
-    for name, count in dict.fromkeys((row["pass"], row["threads"]) for row in rows):
+    columns = list(dict.fromkeys((row["pass"], row["threads"]) for row in rows))
+    for name, count in columns:
         shown.add_column(f"{name}\n{count} thread{'s' if count > 1 else ''}", justify="right", no_wrap=True)
     for name in ("error\noutput", "error\ngradients"):
         shown.add_column(name, justify="right", no_wrap=True)
     for contender in dict.fromkeys(row["contender"] for row in rows):
-        own = [row for row in rows if row["contender"] == contender]
-        cells = [f"{row['median_ms']:.2f} ±{row['iqr_ms']:.2f} ({row['ratio']:.2f})" for row in own]
-        shown.add_row(contender, *cells, *_error_cells(own[-1]["error"]))
+        own = {(row["pass"], row["threads"]): row for row in rows if row["contender"] == contender}
+        cells = [_time_cell(own.get(column)) for column in columns]
+        shown.add_row(contender, *cells, *_error_cells(list(own.values())[-1]["error"]))
     return shown
+
+
+def _time_cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['median_ms']:.2f} ±{row['iqr_ms']:.2f} ({row['ratio']:.2f})"
 
 
 def left_out(problem: Problem, report: Report) -> str:
     """Return a line that says which contenders were not run on `problem`, and why."""
     reasons: dict[str, list[str]] = {}
     for row in _of(problem, report.left_out):
-        reasons.setdefault(row["reason"], []).append(row["contender"])
+        names = reasons.setdefault(row["reason"], [])
+        names += [] if row["contender"] in names else [row["contender"]]
     lines = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return f"Left out: {'; '.join(lines)}." if lines else ""
 

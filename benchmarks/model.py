@@ -23,7 +23,7 @@ from rich.table import Table
 
 from alibi_hf import AlibiError
 from benchmarks.memory import ChildDiedError, in_fresh_process, peak_bytes
-from benchmarks.options import DTYPES, make_parser, settings, settle
+from benchmarks.options import DTYPES, default_threads, make_parser, settings, settle
 from benchmarks.plot import draw
 from benchmarks.report import Report, make_console, result_path
 from benchmarks.subjects import CONTENDERS, SIZES, UPSTREAM, Subject, filled_cache, load_subject, write_checkpoint
@@ -34,8 +34,8 @@ TASKS = ("decode", "prefill", "train")
 TOKENS = 8  # decoded in one call
 ROOM = 1024  # tokens that decoding may add while it is measured
 TRAINING_COST = 4  # times a prefill, at least; foretells whether a training step is too slow to be measured
-DEFAULT = {"lengths": [1024, 2048], "contexts": [128, 1024, 4096], "memory": True, "slowest": 20.0}
-FULL = {"slowest": math.inf}
+DEFAULT = {"lengths": [1024], "contexts": [128, 1024, 4096], "memory": True, "slowest": 20.0}
+FULL = {"lengths": [1024, 2048], "slowest": math.inf}
 
 Case = tuple[str, int]  # task and length
 
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("model", __doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(UPSTREAM), default=list(UPSTREAM))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of prefill and training (default: 1024 2048)")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of prefill and training (default: 1024)")
     parser.add_argument("--contexts", nargs="+", type=int, help="tokens in the cache (default: 128 1024 4096)")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--size", choices=list(SIZES), default="110m")
@@ -73,7 +73,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help="measure peak memory (default: yes)")
     options = parser.parse_args(arguments)
     options.contenders.sort(key=list(CONTENDERS).index)  # upstream first: ratios are formed against the first
-    settle(options, DEFAULT, FULL)
+    every = default_threads(options.device)
+    settle(options, {**DEFAULT, "threads": every[:1]}, {**FULL, "threads": every})
     return options
 
 

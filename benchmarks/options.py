@@ -18,7 +18,7 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", type=dtype_name, help="fp32, bf16, fp16 (default: fp32 bf16)")
-    parser.add_argument("--threads", nargs="+", type=int, help="threads on CPU (default: all cores, and one)")
+    parser.add_argument("--threads", nargs="+", type=int, help="threads on CPU: all cores, and one")
     parser.add_argument("--repeats", type=int, default=7, help="rounds a case (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="start no new round of a case after this, but run at least three"
@@ -31,7 +31,7 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 def settle(options: argparse.Namespace, default: dict[str, Any], full: dict[str, Any]) -> None:
     """Fill in what was not given: from `full` with `--full`, else from `default`."""
-    chosen = {"dtypes": ["float32", "bfloat16"], "threads": _default_threads(options.device), **default}
+    chosen = {"dtypes": ["float32", "bfloat16"], "threads": default_threads(options.device), **default}
     for name, value in (chosen | full if options.full else chosen).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -42,7 +42,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in ("output", "plot", "checkpoints")}
 
 
-def _default_threads(device: str) -> list[int]:
+def default_threads(device: str) -> list[int]:
+    """Return all cores, and one; on CUDA threads do not matter."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [1] if device.startswith("cuda") else sorted({cores, 1}, reverse=True)
 

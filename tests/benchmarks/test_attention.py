@@ -46,10 +46,10 @@ def test_truth_is_autograd_in_float64(sampled, monkeypatch):
 def test_contender_agrees_with_float64(name):
     problem = normal_problem(300, 6, 16, torch.float32, "cpu")  # more than one chunk, heads no power of two
     core = CONTENDERS[name].prepare(problem)
-    errors = attention.measure_errors(problem, {name: core}, backward=True)[name]
+    errors = attention.measure_errors(problem, {name: core}, [name])[name]
     assert set(errors) == {"output", "dq", "dk", "dv"}
     assert all(error["rms"] < 1e-5 for error in errors.values())
-    forward = attention.measure_errors(problem, {name: core}, backward=False)[name]
+    forward = attention.measure_errors(problem, {name: core}, [])[name]
     assert forward == {"output": forward["output"]} and forward["output"]["rms"] < 1e-5
 
 
@@ -95,12 +95,17 @@ def test_what_does_not_fit_is_left_out_with_both_numbers(monkeypatch):
     assert "needs about 0.4 GiB, 0.2 GiB" in CONTENDERS["bloom-eager"].left_out(problem, backward=True)
 
 
-def test_what_is_too_slow_is_left_out():
+def test_what_is_too_slow_is_left_out_of_that_pass_alone():
+    options = attention.parse(["--contenders", "ours", "row", "--slowest", "7", "--threads", "1", "2"])
     short, long = (normal_problem(length, 2, 8, torch.float32, "cpu") for length in (8, 32))
-    report = Report("attention", {}, {}, {}, results=[{**short.describe(), "contender": "row", "median_ms": 500.0}])
-    assert attention.too_slow("row", long, 8.0, report) is None
-    assert attention.too_slow("row", long, 7.0, report) == "would take about 8 s a call, --slowest is 7"
-    assert attention.too_slow("ours", long, 7.0, report) is None
+    measured = {**short.describe(), "contender": "row", "pass": "forward+backward", "threads": 1, "median_ms": 500.0}
+    report = Report("attention", {}, {}, {}, results=[measured])
+    plan = attention.make_plan(long, options, report)
+    assert plan.pop(("forward+backward", 1)) == ["ours"]
+    assert len(plan) == 3 and all(names == ["ours", "row"] for names in plan.values())
+    (row,) = report.left_out
+    assert row["reason"] == "forward+backward with threads=1 would take about 8 s a call, --slowest is 7"
+    assert attention.too_slow({**measured, "length": 32}, 8.0, report) is None
 
 
 def test_trained_inputs_are_those_of_the_checkpoints():

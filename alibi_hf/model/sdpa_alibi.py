@@ -2,7 +2,7 @@
 
 * segments: padding and packing; each document by one of the forms below, as if it were alone.
 * single: one query against a cache.
-* row: few tokens in 16 bits, without gradients.
+* row: few tokens in bfloat16, without gradients.
 * window, tiles: on CPU, anything by distance; with the provable windows of the heads, or without.
 * ramp: anything by distance elsewhere, with dropout, or in a graph.
 * block: anything else.
@@ -28,7 +28,7 @@ from .window_alibi import BLOCK, KeyNorms, default_eps, head_windows
 logger = logging.get_logger(__name__)
 
 MIN_QUERIES = 256  # with fewer, finding the windows costs what they save
-MIN_KEYS = 1024
+MIN_KEYS = 2048
 MAX_SHARE = 0.8  # of the pairs of query and key that dense tiles compute
 
 
@@ -78,14 +78,14 @@ def choose_form(query: torch.Tensor, distances: Distances, dropout: float) -> tu
     if not eager_on_cpu:
         return "ramp", "by distance, with dropout, in a graph, or not on CPU"
     if _row_fits(query, distances):
-        return "row", f"16 bits, at most {ROW_TOKENS} tokens, no gradients"
+        return "row", f"bfloat16, at most {ROW_TOKENS} tokens, no gradients"
     return "tiles", ""
 
 
 def _row_fits(query: torch.Tensor, distances: Distances) -> bool:
     """True where a row of absolute positions, with the kernel's own causality, loses nothing."""
     return (
-        query.dtype in (torch.bfloat16, torch.float16)
+        query.dtype == torch.bfloat16
         and not distances.sqrt
         and not (torch.is_grad_enabled() and query.requires_grad)
         and query.shape[2] == distances.num_keys <= ROW_TOKENS

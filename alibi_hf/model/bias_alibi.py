@@ -124,7 +124,7 @@ class Distances:
     custom_mask: torch.Tensor | None = None
     row: torch.Tensor | None = None
     sqrt: bool = False
-    _kept: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict, repr=False)
+    _kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def by_index(self) -> bool:

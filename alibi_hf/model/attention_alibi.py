@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .bias_alibi import Distances
 from .dense_alibi import eager_attention, sdpa_attention
-from .flex_alibi import flex_alibi
+from .flex_alibi import flex_alibi, window_eps
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -70,7 +70,8 @@ def flex_attention_forward(
     **kwargs: Any,
 ) -> Output:
     """Attend with FlexAttention; returns `[batch, queries, heads, dim]`, weights only if asked for."""
-    output = flex_alibi(query, key, value, distances, scaling, dropout, softcap)
+    eps = window_eps(module.config, query.dtype)
+    output = flex_alibi(query, key, value, distances, scaling, dropout, softcap, eps)
     weights = eager_attention(query, key, value, distances, scaling, 0.0, softcap)[1] if output_attentions else None
     return output.transpose(1, 2), weights
 

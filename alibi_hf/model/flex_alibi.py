@@ -65,6 +65,17 @@ def flex_alibi(
     return output if blind is None else output.masked_fill(blind, 0.0)
 
 
+def window_eps(config: Any, dtype: torch.dtype) -> float | None:
+    """Return the share of attention that a window may lose, by default too small to see in `dtype`; None: no window.
+
+    With gradients it is a quarter of that: their bound is a few times that of the output.
+    """
+    if not getattr(config, "attention_window", False):
+        return None
+    given = getattr(config, "attention_window_eps", None)
+    return given or torch.finfo(dtype).eps / (16 if torch.is_grad_enabled() else 4)
+
+
 def has_kernels(query: torch.Tensor) -> bool:
     """True where FlexAttention has kernels, forward and backward."""
     return query.device.type == "cuda" and query.dtype != torch.float64

@@ -280,6 +280,24 @@ def test_no_window_where_none_is_proved(what: str, kernel: None, monkeypatch: py
     assert_close(found, eager_attention(*inputs, distances, SCALING, softcap=softcap)[0], 1e-10)
 
 
+def test_the_config_decides_about_windows(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+
+    def no_window(query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, scaling: float, eps: float) -> Any:
+        found.append(eps)
+        return torch.full_like(slopes, math.inf)
+
+    monkeypatch.setattr(flex_alibi, "head_windows", no_window)
+    model, text = build("two_heads", torch.float32, "flex_attention"), documents(300)[0][None]
+    for wanted, eps in ((False, None), (True, None), (True, 0.5)):
+        model.config.attention_window, model.config.attention_window_eps = wanted, eps
+        model(text)
+        with torch.no_grad():
+            model(text)
+    resolution = torch.finfo(torch.float32).eps
+    assert found == [resolution / 16, resolution / 4, 0.5, 0.5]
+
+
 # How often it compiles, and what the compiler knows
 
 

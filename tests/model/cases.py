@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
+from alibi_hf.model.bias_alibi import Distances
 from tests.references.decoder import Decoded, decode
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -150,3 +152,8 @@ def assert_close(found: torch.Tensor, truth: torch.Tensor, bound: float) -> None
     assert found.shape == truth.shape, (found.shape, truth.shape)
     error = ((found.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
     assert error <= bound, f"error {error:.2e} of the largest value, bound {bound:.0e}"  # also fails on NaN
+
+
+def windowed(distances: Distances, eps: float | None) -> Distances:
+    """Return the distances with windows that may drop `eps` of a row; None: without windows."""
+    return dataclasses.replace(distances, window=eps is not None, window_eps=eps, shared={}, _kept={})

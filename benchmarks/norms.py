@@ -21,6 +21,7 @@ from alibi_hf.families._truth import true_slopes
 from alibi_hf.model.window_alibi import default_eps, head_gaps, windows_of_gap
 from benchmarks.inputs import CHECKPOINTS, score_bound, trained_layers
 from benchmarks.options import DTYPES, dtype_name, settings
+from benchmarks.plot import draw
 from benchmarks.report import Report, make_console, result_path
 
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         console.print(table(folder.name, options.length, report))
     report.save(path)
     console.print(f"Results: {path}")
+    if options.plot:
+        draw(report.to_dict(), options.plot)
     return report
 
 
@@ -45,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens of text (default: %(default)s)")
     parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="whose rounding is eps (default: bf16)")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/, by machine)")
+    parser.add_argument("--plot", type=Path, help="also draw the reach of each head; needs the extra `plots`")
     return parser.parse_args(arguments)
 
 
@@ -64,6 +68,7 @@ def describe_layer(
                 "checkpoint": checkpoint,
                 "layer": layer,
                 "head": head,
+                "tokens": query.shape[2],
                 "slope": slope,
                 "R": norm,
                 "G": float(gaps[head]),

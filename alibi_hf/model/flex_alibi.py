@@ -99,10 +99,12 @@ def _by_blocks(
     """Attend with a block mask; queries and keys are filled up to whole blocks, and read as such by the compiler."""
     queries, keys, dim = query.shape[2], key.shape[2], query.shape[3]
     few = _is_few(query, key)
-    if "blocks" not in distances._kept:  # the same for all layers
-        padded = distances if few else _padded(distances, num_blocks(queries) * BLOCK, num_blocks(keys) * BLOCK)
-        distances._kept["blocks"] = make_blocks(distances, few), padded
-    blocks, padded = distances._kept["blocks"]
+    if "blocks" not in distances.shared:  # the same for all layers
+        distances.shared["blocks"] = make_blocks(distances, few)
+    if "padded" not in distances._kept:
+        lengths = num_blocks(queries) * BLOCK, num_blocks(keys) * BLOCK
+        distances._kept["padded"] = distances if few else _padded(distances, *lengths)
+    blocks, padded = distances.shared["blocks"], distances._kept["padded"]
     aligned = isinstance(distances.offset, int) and distances.offset == 0
     kernel = _few if few else _plain if distances.by_index else _masked
     if not is_tracing():

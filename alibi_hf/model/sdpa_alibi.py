@@ -28,7 +28,8 @@ from .window_alibi import BLOCK, KeyNorms, default_eps, head_windows
 logger = logging.get_logger(__name__)
 
 MIN_QUERIES = 256  # with fewer, finding the windows costs what they save
-MIN_KEYS = 2048
+MIN_KEYS = 1024
+JENSEN_KEYS = 8192  # below, the self score alone does as well, for less
 MAX_SHARE = 0.8  # of the pairs of query and key that dense tiles compute
 
 
@@ -109,8 +110,8 @@ def choose_groups(
         return [dense], "tiles", f"fewer than {MIN_QUERIES} queries or {MIN_KEYS} keys, or a static cache"
     gradients = torch.is_grad_enabled() and query.requires_grad
     eps = distances.window_eps or default_eps(query.dtype, gradients)
-    windows = head_windows(query, key, distances.slopes, scaling, eps).unflatten(0, (key.shape[1], -1)).amax(-1)
-    groups = plan_groups(windows.tolist(), queries, keys)
+    windows = head_windows(query, key, distances.slopes, scaling, eps, jensen=keys >= JENSEN_KEYS)
+    groups = plan_groups(windows.unflatten(0, (key.shape[1], -1)).amax(-1).tolist(), queries, keys)
     share = sum(group.pairs(queries, keys) for group in groups) / dense.pairs(queries, keys)
     if share > MAX_SHARE:
         return [dense], "tiles", f"norms so large that windows would leave {share:.0%} of the work"

@@ -1,11 +1,11 @@
 """Attention with an explicit bias: eager, and three forms over PyTorch's fused attention, on any device.
 
 * eager holds all scores `[batch, heads, queries, keys]`; it runs in float64 too and is the oracle of the others.
-* row: few tokens in 16 bits; the bias is one row of keys.
+* row: few tokens of one document in bfloat16; the bias is one row of keys.
 * ramp: bias and causality are functions of query - key alone. With the queries of a chunk in reverse order, the bias of
   the chunk is a Hankel matrix: a strided view of one line of `keys + chunk` numbers a head. Distances stay exact.
-* block: anything else (padding, documents, custom masks), chunk by chunk, so that memory stays bounded: in training
-  too, where each chunk is computed again in backward. A compiled or exported graph attends at once.
+* block: anything else (custom masks, rounded biases), chunk by chunk, so that memory stays bounded: in training too,
+  where each chunk is computed again in backward. A compiled or exported graph attends at once.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from .bias_alibi import Distances
 from .positions_alibi import is_tracing
 
+MIN_QUERIES = 32  # below, one call with a materialised bias costs less than a call for each length
 HIDDEN = torch.iinfo(torch.int64).min  # in place of the document of a masked token
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of runs of tokens, in order
@@ -53,15 +54,15 @@ class Rows:
 def find_segments(distances: Distances, batch: int) -> list[Rows] | None:
     """Return the documents of all rows, or None where attention is not a matter of documents alone.
 
-    That is so with a custom mask, with rounded biases, with one query and while tracing; it needs not be asked where
-    neither padding nor packing is. The answer is kept for the other layers; it costs one copy from the device.
+    That is so with a custom mask, with rounded biases and while tracing; nor is there anything to gain without padding
+    or packing, or for few queries. The answer is kept for the other layers; it costs one copy from the device.
 
     Args:
         batch: number of rows; `distances` may hold one for all of them.
     """
     special = distances.custom_mask is not None or distances.row is not None
     plain = distances.key_mask is None and distances.key_document is None
-    if is_tracing() or special or plain or distances.query_index.numel() == 1:
+    if is_tracing() or special or plain or distances.query_index.numel() < MIN_QUERIES:
         return None
     if ("segments", batch) not in distances.shared:
         distances.shared["segments", batch] = _find(distances, batch)

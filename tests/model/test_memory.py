@@ -40,6 +40,8 @@ def largest_tensor(backend: str, inputs: dict[str, torch.Tensor], train: bool = 
 def inputs(kind: str) -> dict[str, torch.Tensor]:
     if kind == "packed":
         return {"position_ids": torch.arange(TOKENS).remainder(700)[None]}
+    if kind == "custom":
+        return {"attention_mask": torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()}
     mask = torch.ones(1, TOKENS, dtype=torch.long)
     mask[0, {"left": slice(0, 100), "interior": slice(500, 600), "whole": slice(0, 0)}[kind]] = 0
     return {"attention_mask": mask}
@@ -58,7 +60,7 @@ def test_eager_does():
     assert largest_tensor("eager", {}) >= SCORES
 
 
-@pytest.mark.parametrize("kind", ["whole", "left", "interior", "packed"])
+@pytest.mark.parametrize("kind", ["whole", "left", "interior", "packed", "custom"])
 def test_nor_does_backward_keep_them(kind):
     """What autograd saves in two layers, counted: not the bias of chunk after chunk."""
     config = AlibiConfig(vocab_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=HEADS)

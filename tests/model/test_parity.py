@@ -54,6 +54,7 @@ def test_feeding_past_one_chunk(feed: str) -> None:
 @pytest.mark.parametrize("feed", ["left", "interior", "packed_positions", "interior_static", "mask_4d_bool"])
 def test_feeding_where_memory_allows_one_query_at_a_time(feed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alibi_hf.model.dense_alibi.BLOCK_BYTES", 1)
+    monkeypatch.setattr("alibi_hf.model.segments_alibi.MIN_QUERIES", 1000)  # in the block form
     check(build("six", torch.float64, "sdpa"), FEEDS[feed], "six", documents(23, 40))
 
 

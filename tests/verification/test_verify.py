@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import alibi_hf.verification.controls as controls_module
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.errors import AlibiError, CheckpointFileError
+from alibi_hf.model import positions_alibi
 from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.verification import verify
 from tests import builders
@@ -135,7 +136,14 @@ def test_wrong_only_beyond_training_is_not_proved(monkeypatch) -> None:
 
 def test_wrong_only_under_padding_is_not_proved(monkeypatch) -> None:
     source, output = pair("bloom")
-    break_bias(monkeypatch, lambda distances, delta: distances.key_mask is not None)
+    right = positions_alibi._use_padding_mask
+
+    def wrong(distances: Distances, mask: torch.Tensor) -> None:
+        right(distances, mask)
+        if distances.key_mask is not None:
+            distances.slopes = distances.slopes * 1.1
+
+    monkeypatch.setattr(positions_alibi, "_use_padding_mask", wrong)
     assert "logits, left-padded batch" in failed(verify(source, output, lengths=LENGTHS))
 
 

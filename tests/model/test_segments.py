@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from alibi_hf.model import attention_alibi, segments_alibi
+from alibi_hf.model import sdpa_alibi, segments_alibi
 from alibi_hf.model.bias_alibi import Distances, alibi_slopes
 from alibi_hf.model.segments_alibi import Rows, Segment, find_segments
 from tests.model.cases import BACKENDS, CASES, assert_close, build, check, documents
@@ -24,7 +24,7 @@ SEGMENTED = [name for name in FEEDS if name.startswith(("left", "right", "interi
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take documents one by one however few the queries are, in chunks that short documents cross."""
     monkeypatch.setattr(segments_alibi, "MIN_QUERIES", 2)
-    monkeypatch.setattr("alibi_hf.model.dense_alibi.CHUNK", 16)
+    monkeypatch.setattr("alibi_hf.model.tiles_alibi.CHUNK", 16)
 
 
 @pytest.mark.usefixtures("always")
@@ -235,7 +235,7 @@ def test_wrong_segments_fail_the_check(mutation: str, monkeypatch: pytest.Monkey
     def wrong(distances: Distances, batch: int) -> list[Rows] | None:
         return [Rows(rows.count, change(rows.segments)) for rows in find_segments(distances, batch) or []] or None
 
-    monkeypatch.setattr(attention_alibi, "find_segments", wrong)
+    monkeypatch.setattr(sdpa_alibi, "find_segments", wrong)
     with pytest.raises(AssertionError, match="of the largest value"):
         check(model, feed, "six", texts)
 

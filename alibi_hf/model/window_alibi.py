@@ -74,7 +74,7 @@ def head_gaps(
     """Return the largest gap between the bounds of a row, G above, float32 `[heads]`, in nats; as `head_windows`."""
     groups = query.shape[1] // key.shape[1]
     parts = key.shape[1] if query.device.type == "cpu" else 1  # head by head, what is read twice stays in a CPU's cache
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # the bound allows for no 16-bit scores
         pieces = zip(query.chunk(parts, 1), key.chunk(parts, 1), slopes.chunk(parts), strict=True)
         return torch.cat([_gaps(*piece, groups, scaling, jensen) for piece in pieces])
 

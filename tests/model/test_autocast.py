@@ -4,8 +4,19 @@ import pytest
 import torch
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
-from alibi_hf.model import dense_alibi, flex_alibi
 from alibi_hf.model.bias_alibi import Distances, alibi_slopes
+from alibi_hf.model.dense_alibi import block_attention, ramp_attention, row_attention
+from alibi_hf.model.flex_alibi import flex_alibi
+from alibi_hf.model.tiles_alibi import Group, tiled_attention
+from alibi_hf.model.window_alibi import head_windows
+
+FORMS = {
+    "row": (row_attention, ()),
+    "ramp": (ramp_attention, (0.0,)),
+    "block": (block_attention, (0.0,)),
+    "tiles": (tiled_attention, ([Group(0, 4, 130), Group(4, 8, 600)],)),
+    "flex": (flex_alibi, (0.0,)),
+}
 
 
 def rms_error(backend: str, **changes: object) -> float:
@@ -40,13 +51,27 @@ def test_training_step_under_autocast():
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("form", ["_row", "_ramp", "_block", "flex_alibi"])
-def test_autocast_leaves_attention_alone(form):
-    torch.manual_seed(0)
+def autocast_inputs() -> tuple[list[torch.Tensor], Distances]:
+    """Return query, key and value in bfloat16, and their distances."""
     states = [torch.randn(1, 8, 600, 32, dtype=torch.bfloat16) for _ in range(3)]
-    distances = Distances(torch.tensor(alibi_slopes(8)), torch.arange(600), 600)
-    attend = getattr(flex_alibi if form == "flex_alibi" else dense_alibi, form)
-    plain = attend(*states, distances, 0.2, 0.0)
+    return states, Distances(torch.tensor(alibi_slopes(8)), torch.arange(600), 600)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_leaves_attention_alone(form):
+    states, distances = autocast_inputs()
+    attend, more = FORMS[form]
+    plain = attend(*states, distances, 0.2, *more)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = attend(*states, distances, 0.2, 0.0)
+        mixed = attend(*states, distances, 0.2, *more)
+    assert torch.equal(plain, mixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_windows_alone(dtype):
+    """Scores of 16 bits are off by more than the bound allows for, and overflow at 65504."""
+    (query, key, _), distances = autocast_inputs()
+    plain = head_windows(200 * query, 200 * key, distances.slopes, 1e-4, 1e-3)
+    with torch.autocast("cpu", dtype):
+        mixed = head_windows(200 * query, 200 * key, distances.slopes, 1e-4, 1e-3)
     assert torch.equal(plain, mixed)

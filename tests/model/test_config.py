@@ -13,8 +13,11 @@ REFUSED = {
     "reserved learned": ({"learned_positions": True}, "learned_positions=True is not supported"),
     "reserved sinusoidal": ({"sinusoidal_positions": True}, "sinusoidal_positions=True is not supported"),
     "reserved rope": ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters=.* is not supported"),
-    "reserved window": ({"attention_window": True}, "attention_window=True is not supported"),
-    "reserved window eps": ({"attention_window_eps": 1e-3}, "attention_window_eps=0.001 is not supported"),
+    "window": ({"attention_window": "steep"}, "attention_window"),
+    "window eps zero": ({"attention_window_eps": 0}, "attention_window_eps=0 must be above 0 and below 1"),
+    "window eps one": ({"attention_window_eps": 1}, "attention_window_eps=1 must be above 0 and below 1"),
+    "window eps sign": ({"attention_window_eps": -1}, "attention_window_eps=-1 must be above 0 and below 1"),
+    "window eps nan": ({"attention_window_eps": float("nan")}, "attention_window_eps=nan must be above 0 and below 1"),
     "groups": ({"num_attention_heads": 6, "num_key_value_heads": 4}, "=6 is not a multiple of num_key_value_heads=4"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive"),
     "no layers": ({"num_hidden_layers": -1}, "num_hidden_layers=-1 must be a positive"),
@@ -56,6 +59,14 @@ def test_defaults_are_filled_in() -> None:
         "AutoModelForTokenClassification",
         "AutoModelForQuestionAnswering",
     }
+
+
+def test_windows_are_on_and_survive_saving(tmp_path) -> None:
+    assert AlibiConfig().attention_window is True
+    assert AlibiConfig().attention_window_eps is None
+    AlibiConfig(attention_window=False, attention_window_eps=1e-3).save_pretrained(tmp_path)
+    loaded = AlibiConfig.from_pretrained(tmp_path)
+    assert (loaded.attention_window, loaded.attention_window_eps) == (False, 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -36,7 +36,8 @@ def test_what_rounding_the_bias_to_float32_costs(case: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", FED)
 def test_any_way_of_feeding(case: str, backend: str, feed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alibi_hf.model.dense_alibi.CHUNK", 16)  # so that short documents cross chunks
+    for form in ("dense", "tiles"):  # so that short documents cross chunks
+        monkeypatch.setattr(f"alibi_hf.model.{form}_alibi.CHUNK", 16)
     check(build(case, torch.float64, backend), FEEDS[feed], case, documents(23, 40, 1, 17))
 
 

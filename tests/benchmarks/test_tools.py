@@ -106,7 +106,6 @@ def row(**values):
 
 
 def test_pictures_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
     about = {"machine": {"name": "a machine"}, "versions": {"torch": "2"}, "started": "2026-01-01T00:00:00Z"}
     attention = [
         row(**{"pass": "forward", "contender": name, "length": length, "median_ms": 1.0})
@@ -117,8 +116,9 @@ def test_pictures_are_drawn(tmp_path):
         row(model="bloom", task="decode", length=8, contender=name, times_faster=faster)
         for name, faster in (("upstream", 1.0), ("ours", 2.0), ("ours-dense", None))
     ]
-    for benchmark, rows in (("attention", attention), ("model", model)):
+    reach = [{"checkpoint": "a", "slope": slope, "window": 5 / slope, "share": 0.5, "tokens": 16} for slope in (0.5, 1)]
+    for benchmark, rows in (("attention", attention), ("model", model), ("norms", reach)):
         draw({"benchmark": benchmark, "results": rows, **about}, tmp_path / f"{benchmark}.png")
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="norms"):
-        draw({"benchmark": "norms", "results": [], **about}, tmp_path / "norms.png")
+    with pytest.raises(ValueError, match="'other' results have no picture"):
+        draw({"benchmark": "other", "results": [], **about}, tmp_path / "other.png")

@@ -42,6 +42,7 @@ class GrowingLayer(DynamicLayer):
         self._buffers: Pair | None = None  # [batch, key/value heads, capacity, head_dim]
         self._shown: Pair | None = None  # the views of the filled part that keys and values were set to
         self._norms: KeyNorms | None = None  # of the first keys of `_shown`
+        self._version: int | None = None  # of the keys that `_norms` have seen: in-place edits count it up
 
     @classmethod
     def take_over(cls, layer: DynamicLayer) -> GrowingLayer:
@@ -58,12 +59,11 @@ class GrowingLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self._is_current():
-            self._norms = None
         new = (key_states, value_states)
         if not _may_write() or not all(map(_continues, new, (self.keys, self.values))):
             self._buffers = self._shown = self._norms = None
             return super().update(key_states, value_states, *args, **kwargs)
+        self._forget_stale_norms()
         start = _length(self.keys)
         stop = start + key_states.shape[-2]
         kept, buffers = (self.keys, self.values), self._writable_buffers(stop)
@@ -76,12 +76,17 @@ class GrowingLayer(DynamicLayer):
 
     def key_norms(self) -> KeyNorms | None:
         """Return the norms of all keys, reading only those that are new; None where a graph may hold them."""
+        self._forget_stale_norms()
         if not self._is_current():
             return None
         if self._norms is None:
-            self._norms = KeyNorms(self.keys)
+            self._norms, self._version = KeyNorms(self.keys), _version(self.keys)
         self._norms.extend(self.keys)
         return self._norms
+
+    def _forget_stale_norms(self) -> None:
+        if not self._is_current() or _version(self.keys) != self._version:
+            self._norms = None
 
     def _writable_buffers(self, tokens: int) -> Pair | None:
         """Return the buffers if nothing but the room behind the last views would be written to, and it suffices."""
@@ -98,6 +103,7 @@ class GrowingLayer(DynamicLayer):
         self._buffers = buffers
         self._shown = buffers[0][..., :tokens, :], buffers[1][..., :tokens, :]
         self.keys, self.values = self._shown
+        self._version = _version(self.keys)
         return self._shown
 
     def _release(self) -> None:
@@ -200,6 +206,11 @@ def find_key_norms(cache: Any, layer_idx: int) -> Callable[[], KeyNorms | None] 
 def _may_write() -> bool:
     """True where no graph can hold what is in a buffer: autograd does not record, torch does not trace."""
     return not torch.is_grad_enabled() and not is_tracing()
+
+
+def _version(states: torch.Tensor) -> int | None:
+    """Return how often torch has seen the tensor change; it does not count for tensors made in inference mode."""
+    return None if states.is_inference() else states._version
 
 
 def _length(states: torch.Tensor) -> int:

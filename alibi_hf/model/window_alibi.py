@@ -82,10 +82,10 @@ def head_gaps(
 def _gaps(
     query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, groups: int, scaling: float, jensen: bool
 ) -> torch.Tensor:
-    query, key = query.float().unflatten(1, (-1, groups)), key.float()
-    centred = key - centre(key)
+    query, key = query.float().unflatten(1, (-1, groups)), _at_least_float32(key)
+    centred = (key - centre(key)).float()
     spread = row_norms(centred).amax(-1)[:, :, None, None]
-    largest = row_norms(query) * spread * scaling  # what no score of a row can pass
+    largest = row_norms(query) * spread * abs(scaling)  # what no score of a row can pass
     own = centred[:, :, None, key.shape[2] - query.shape[3] :]
     lower = (query * own).sum(-1) * scaling
     if jensen:
@@ -100,13 +100,17 @@ def windows_of_gap(gap: torch.Tensor, slopes: torch.Tensor, eps: float) -> torch
     return torch.nan_to_num(windows, nan=torch.inf, posinf=torch.inf).clamp(min=BLOCK)
 
 
+def _at_least_float32(states: torch.Tensor) -> torch.Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
 def centre(key: torch.Tensor) -> torch.Tensor:
     """Return the mean of some keys spread over the text, `[batch, key/value heads, 1, dim]`."""
     return key[:, :, :: max(1, key.shape[2] // CENTRE_KEYS)].mean(2, keepdim=True)
 
 
 def row_norms(states: torch.Tensor) -> torch.Tensor:
-    """Return the length of each row of `[..., dim]`, float32 `[...]`."""
+    """Return the length of each row of `[..., dim]` (float32 or narrower), float32 `[...]`."""
     return torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
 
 
@@ -155,13 +159,13 @@ class KeyNorms:
 
     Attributes:
         tokens: how many keys were seen.
-        centre: float32 `[batch, key/value heads, 1, dim]`, from the keys seen first.
+        centre: float32 or wider `[batch, key/value heads, 1, dim]`, from the keys seen first.
         spread: float32 `[batch, key/value heads]`, the largest distance of a key from the centre.
     """
 
     def __init__(self, key: torch.Tensor) -> None:
         self.tokens = 0
-        self.centre = centre(key.float())
+        self.centre = centre(_at_least_float32(key))
         self.spread = key.new_zeros(key.shape[:2], dtype=torch.float32)
         self.extend(key)
 
@@ -169,7 +173,7 @@ class KeyNorms:
         """Take in all keys so far, `[batch, key/value heads, keys, dim]`; only the new ones are read."""
         new = key[:, :, self.tokens :]
         if new.shape[2]:
-            self.spread = torch.maximum(self.spread, row_norms(new.float() - self.centre).amax(-1))
+            self.spread = torch.maximum(self.spread, row_norms((new - self.centre).float()).amax(-1))
         self.tokens = key.shape[2]
 
 
@@ -183,8 +187,8 @@ def decode_windows(
         norms: of these keys.
     """
     heads = query[:, :, 0].float().unflatten(1, (key.shape[1], -1))  # [batch, key/value heads, group, dim]
-    largest = row_norms(heads) * norms.spread[:, :, None] * scaling
-    recent = key[:, :, -BLOCK:].float() - norms.centre
+    largest = row_norms(heads) * norms.spread[:, :, None] * abs(scaling)
+    recent = (key[:, :, -BLOCK:] - norms.centre).float()
     centred = torch.stack([recent[:, :, -1], recent.mean(2)], dim=-1)  # the query's own key, and the mean of a block
     scores = torch.matmul(heads, centred) * scaling
     count = recent.shape[2]

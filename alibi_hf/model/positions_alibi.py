@@ -55,7 +55,8 @@ def find_documents(
 
 def _named_documents(batch: int, queries: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
     if kwargs.get("seq_idx") is not None:
-        return kwargs["seq_idx"].long().expand(batch, queries)
+        index = kwargs["seq_idx"].expand(batch, queries)
+        return torch.nn.functional.pad(index[:, 1:] != index[:, :-1], (1, 0)).long().cumsum(-1)  # ids may come back
     if kwargs.get("cu_seq_lens_q") is not None:
         bounds = kwargs["cu_seq_lens_q"].long()
         return torch.searchsorted(bounds, torch.arange(queries, device=bounds.device), right=True)[None]

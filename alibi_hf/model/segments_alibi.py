@@ -69,18 +69,13 @@ def find_segments(distances: Distances, batch: int) -> list[Rows] | None:
     return distances.shared["segments", batch]
 
 
-def _find(distances: Distances, batch: int) -> list[Rows] | None:
+def _find(distances: Distances, batch: int) -> list[Rows]:
     labels, first = _labels_on_host(distances)
     changes = (labels[1:] != labels[:-1]).any(-1).nonzero().flatten() + 1
     bounds = [0, *changes.tolist(), labels.shape[0]]
     counts = [batch] if labels.shape[0] == 1 else [stop - start for start, stop in itertools.pairwise(bounds)]
-    found = []
-    for count, start in zip(counts, bounds[:-1], strict=True):
-        segments = _segments_of_row(labels[start], first)
-        if segments is None:
-            return None
-        found.append(Rows(count, segments))
-    return found
+    starts = zip(counts, bounds[:-1], strict=True)
+    return [Rows(count, _segments_of_row(labels[start], first)) for count, start in starts]
 
 
 def _labels_on_host(distances: Distances) -> tuple[torch.Tensor, int]:
@@ -94,15 +89,12 @@ def _labels_on_host(distances: Distances) -> tuple[torch.Tensor, int]:
     return copied[:-1].view(labels.shape)[:, : first + distances.query_index.numel()], first
 
 
-def _segments_of_row(labels: torch.Tensor, first: int) -> tuple[Segment, ...] | None:
-    """Return the segments of one row, `labels` int64 `[keys]`; None where the pieces of a document lie apart."""
+def _segments_of_row(labels: torch.Tensor, first: int) -> tuple[Segment, ...]:
+    """Return the segments of one row, `labels` int64 `[keys]`, never falling but for `HIDDEN`."""
     kept = (labels != HIDDEN).nonzero().flatten()
     if kept.numel() == 0:
         return ()
-    steps = labels[kept].diff()
-    if bool((steps < 0).any()):
-        return None
-    breaks = ((steps != 0) | (kept.diff() != 1)).nonzero().flatten()
+    breaks = ((labels[kept].diff() != 0) | (kept.diff() != 1)).nonzero().flatten()
     starts = torch.cat([kept[:1], kept[breaks + 1]])
     stops = torch.cat([kept[breaks], kept[-1:]]) + 1
     spans = zip(labels[starts].tolist(), starts.tolist(), stops.tolist(), strict=True)

@@ -275,11 +275,10 @@ def test_a_static_cache_ends_at_the_last_query() -> None:
 def test_where_documents_alone_do_not_decide() -> None:
     padded = distances_of([[0, 1, 1]])
     assert find_segments(padded, 1)
-    assert find_segments(dataclasses.replace(padded, custom_mask=torch.ones(1, 1, 3, 3), _kept={}), 1) is None
-    assert find_segments(dataclasses.replace(padded, row=torch.zeros(1, 2, 3), _kept={}), 1) is None
+    assert find_segments(dataclasses.replace(padded, custom_mask=torch.ones(1, 1, 3, 3)), 1) is None
+    assert find_segments(dataclasses.replace(padded, row=torch.zeros(1, 2, 3)), 1) is None
     assert find_segments(distances_of([[0, 1, 1]], first=2), 1) is None  # one query
     assert find_segments(Distances(padded.slopes, torch.arange(3), 3), 1) is None
-    assert find_segments(distances_of(documents=[[0, 1, 0]]), 1) is None  # the pieces of a document lie apart
 
 
 @torch.no_grad()
@@ -310,3 +309,14 @@ def test_dropout_and_every_config_switch_pass_through() -> None:
         if case not in ("capped", "scaled_by_length"):
             check(build(case), packed_and_padded, case, documents(*TEXTS))
             check(build(case), FEEDS["interior"], case, documents(*TEXTS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_id_that_comes_back_is_another_document(backend: str) -> None:
+    texts = documents(9, 14, 5)
+    model, row = build("six", torch.float64, backend), torch.cat(texts)[None]
+    index = torch.cat([torch.full((len(text),), place) for text, place in zip(texts, (0, 1, 0), strict=True)])[None]
+    logits = model(row, seq_idx=index.int()).logits[0].split([len(text) for text in texts])
+    for found, text in zip(logits, texts, strict=True):
+        assert_close(found, model(text[None]).logits[0], 1e-10)

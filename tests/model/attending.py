@@ -98,6 +98,14 @@ def tight(shape: Sequence[int], kv_heads: int) -> Pair:
     return query, key
 
 
+def striped(shape: Sequence[int], kv_heads: int) -> Pair:
+    """Queries look at every other eight keys: the eight before the last ones carry a row, or the row itself does."""
+    query, key = tight(shape, kv_heads)
+    key[..., 0] = torch.where(torch.arange(shape[2]) % 16 < 8, 2.0, -2.0)
+    return query, key
+
+
 DATA: dict[str, Callable[[Sequence[int], int], Pair]] = {
-    made.__name__: made for made in (normal, aligned, offset, equal, anti_aligned, low_rank, heavy_tailed, tight)
+    made.__name__: made
+    for made in (normal, aligned, offset, equal, anti_aligned, low_rank, heavy_tailed, tight, striped)
 }

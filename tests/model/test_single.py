@@ -64,6 +64,14 @@ def test_numbers_that_are_not_finite_see_everything(value: float) -> None:
 # The norms
 
 
+def test_stale_norms_show() -> None:
+    query, key = DATA["aligned"]((1, 4, 600, 16), 4)
+    query, truth = query[:, :, -1:], weights(query[:, :, -1:], key, SLOPES, 0.25)
+    fresh, stale = KeyNorms(key), KeyNorms(key[:, :, 1:])  # the key that was overlooked is the one that counts
+    assert dropped(truth, decode_windows(query, key, fresh, SLOPES, 0.25, 1e-3)).max() <= 1e-3
+    assert dropped(truth, decode_windows(query, key, stale, SLOPES, 0.25, 1e-3)).max() > 1e-3
+
+
 def test_norms_grow_with_the_keys() -> None:
     key = torch.randn(2, 3, 700, 16)
     norms = KeyNorms(key[:, :, :300])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,6 +85,42 @@ def test_the_bound_is_almost_reached(data: str, monkeypatch: pytest.MonkeyPatch)
     assert bool((windows < 400).all())
     assert eps / 50 < dropped(truth, windows).amax(-1).min() <= eps
     assert dropped(truth, windows - 4 / heads).amax(-1).min() > eps  # exp(4) is 55
+
+
+def mistaken_jensen(tokens_off: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the bound by the means of blocks with another mean distance, by place in the block."""
+    right = window_alibi._jensen
+
+    def wrong(query: torch.Tensor, centred: torch.Tensor, slopes: torch.Tensor, scaling: float) -> torch.Tensor:
+        inside = torch.arange(query.shape[3]) % window_alibi.BLOCK
+        return right(query, centred, slopes, scaling) + slopes[..., None] * tokens_off(inside)
+
+    return wrong
+
+
+MISTAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "half": ("windows_of_gap", lambda right: lambda *args: right(*args) / 2),
+    "another_head": ("windows_of_gap", lambda right: lambda *args: right(*args).roll(1)),
+    "no_tail": ("windows_of_gap", lambda right: lambda gap, slopes, eps: (gap - math.log(eps)) / slopes),
+    "sign": ("_jensen", lambda right: mistaken_jensen(lambda inside: 2 * inside + 9)),
+    "place_in_block": ("_jensen", lambda right: mistaken_jensen(lambda inside: inside)),
+    "short_norms": ("row_norms", lambda right: lambda states: right(states) * 0.8),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_shows(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_alibi, "BLOCK", 8)
+    heads, eps = torch.tensor([0.4, 0.2, 0.1]), 1e-3
+
+    def lost() -> float:
+        query, key = DATA["striped"]((1, 3, 400, 16), 3)
+        return dropped(weights(query, key, heads, 0.5), head_windows(query, key, heads, 0.5, eps)).max().item()
+
+    assert lost() <= eps
+    name, change = MISTAKES[mistake]
+    monkeypatch.setattr(window_alibi, name, change(getattr(window_alibi, name)))
+    assert lost() > eps
 
 
 def test_the_bound_leaves_work_out() -> None:

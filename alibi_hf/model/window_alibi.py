@@ -9,7 +9,7 @@ farther than w take at most this share of row i:
     G = max over i of (scale |q_i| rho - b_i)
 
 It is below eps once w >= (G + ln(1 / eps) - ln(1 - exp(-m))) / m. Then the output moves by at most 2 eps max|v|. With
-M = max|dO| max|v| the gradients move by at most
+M = max|dO| max|v|, and eps at most a half, the gradients of a head move by at most
 
     |dQ| 6 eps scale M rho,  |dV_j| max|dO| eps (1 + 2 sum_i P_ij),  |dK_j| 2 eps scale max|q| M (1 + 4 sum_i P_ij).
 

@@ -68,10 +68,10 @@ def test_nor_with_cached_keys_and_shared_heads(data: str, kv_heads: int, queries
     query = query[:, :, -queries:]
     truth = weights(query, key, heads, 0.25)
     for eps in EPS:
-        whole, apart = (head_windows(query, key, heads, 0.25, eps, whole_rows) for whole_rows in (True, False))
-        assert dropped(truth, whole).max() <= eps
-        assert dropped(truth, apart).max() <= eps
-        assert bool((whole <= apart).all())
+        both, plain = (head_windows(query, key, heads, 0.25, eps, jensen) for jensen in (True, False))
+        assert dropped(truth, both).max() <= eps
+        assert dropped(truth, plain).max() <= eps
+        assert bool((both <= plain).all())
 
 
 @pytest.mark.parametrize("data", ["tight", "equal"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from alibi_hf.model import dense_alibi, sdpa_alibi, single_alibi, tiles_alibi, window_alibi
+from alibi_hf.model import dense_alibi, sdpa_alibi, segments_alibi, single_alibi, tiles_alibi, window_alibi
 from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.model.cache_alibi import GrowingCache
 from alibi_hf.model.tiles_alibi import Group
@@ -72,7 +72,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         (window_alibi, "BLOCK", 4),
         (sdpa_alibi, "BLOCK", 4),
         (sdpa_alibi, "MIN_QUERIES", 1),
+        (segments_alibi, "MIN_QUERIES", 2),
         (sdpa_alibi, "MIN_KEYS", 1),
+        (sdpa_alibi, "JENSEN_KEYS", 1),
         (sdpa_alibi, "MAX_SHARE", math.inf),
         (sdpa_alibi, "MIN_SINGLE_KEYS", 1),
         (single_alibi, "CALL_KEYS", 0),

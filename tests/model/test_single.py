@@ -13,6 +13,7 @@ import torch
 from alibi_hf.model import single_alibi, window_alibi
 from alibi_hf.model.cache_alibi import GrowingLayer, capacity_for
 from alibi_hf.model.single_alibi import single_attention
+from alibi_hf.model.tiles_alibi import Group
 from alibi_hf.model.window_alibi import KeyNorms, decode_windows, default_eps
 from tests.model.attending import DATA, attend, by_index, dropped, normal, weights
 
@@ -187,6 +188,20 @@ def test_against_float64(dtype: torch.dtype, batch: int, kv_heads: int, monkeypa
     assert (dense - truth).abs().max() <= bound * value.abs().max()
     if kv_heads > 1:
         assert single_alibi._plan(query, key, KeyNorms(key), distances, 0.25)[0].window < 600
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_last_key_of_a_window_is_read(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is not."""
+    groups = [Group(0, 1, 5), Group(1, kv_heads, 900)]
+    monkeypatch.setattr(single_alibi, "_plan", lambda *_: groups)
+    query, key = normal((2, 4, 300, 16), kv_heads)
+    query, value = query[:, :, -1:], torch.randn_like(key)
+    found = single_attention(query, key, value, by_index(SLOPES, 1, 300), 0.25, KeyNorms(key))
+    near = 4 // kv_heads
+    short = attend(query[:, :near], key[:, :1, -6:], value[:, :1, -6:], SLOPES[:near], 0.25)
+    truth = torch.cat([short, attend(query, key, value, SLOPES, 0.25)[:, near:]], dim=1)
+    assert (found - truth).abs().max() <= 1e-6 * truth.abs().max()
 
 
 def test_what_is_far_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

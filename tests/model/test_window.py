@@ -13,7 +13,7 @@ from alibi_hf.model import tiles_alibi, window_alibi
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.tiles_alibi import Group, plan_groups, tiled_attention
 from alibi_hf.model.window_alibi import default_eps, head_windows
-from tests.model.attending import DATA, attend, by_index, dropped, normal, weights
+from tests.model.attending import DATA, attend, by_index, distance, dropped, normal, weights
 
 SLOPES = {
     "one": alibi_slopes(1),
@@ -96,6 +96,25 @@ def mistaken_jensen(tokens_off: Callable[[torch.Tensor], torch.Tensor]) -> Calla
         return right(query, centred, slopes, scaling) + slopes[..., None] * tokens_off(inside)
 
     return wrong
+
+
+@pytest.mark.parametrize("queries", [400, 77, 1])
+@pytest.mark.parametrize("data", DATA)
+def test_jensen_bounds_each_row(data: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, not only where the window is decided; the slope that hardly falls counts the keys."""
+    monkeypatch.setattr(window_alibi, "BLOCK", 8)
+    heads = torch.tensor([0.4, 0.05, 1e-6])
+    query, key = DATA[data]((1, 3, 400, 16), 3)
+    query, key = query[:, :, -queries:], key - window_alibi.centre(key)
+    delta = distance(queries, 400)
+    scores = 0.25 * torch.matmul(query.double(), key.double().transpose(2, 3)) - heads.double()[:, None, None] * delta
+    total = scores.masked_fill(delta < 0, -torch.inf).logsumexp(-1)
+    found = window_alibi._jensen(query[:, :, None], key, heads[:, None], 0.25)[:, :, 0]
+    late = torch.arange(400 - queries, 400) >= 8
+    assert bool((found[..., ~late] == torch.inf).all())
+    assert bool((found <= total + 1e-5 * total.abs().clamp(min=1))[..., late].all())
+    if data == "equal":
+        assert bool((found > total - math.log(4))[:, 2, late & (torch.arange(400 - queries, 400) < 64)].all())
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {

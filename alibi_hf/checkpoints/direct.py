@@ -14,7 +14,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
-from alibi_hf.model.modeling_alibi import NEW_HEADS, AlibiPreTrainedModel
+from alibi_hf.model.pretrained_alibi import NEW_HEADS, AlibiPreTrainedModel
 
 _LOADING = threading.Lock()  # the conversions are registered by name for the whole process
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")

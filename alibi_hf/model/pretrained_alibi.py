@@ -1,0 +1,81 @@
+"""What all ALiBi models share: loading, the choice of an attention backend, and what they declare to Transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from .attention_alibi import is_flash, resolve_attention
+from .configuration_alibi import AlibiConfig
+from .layers_alibi import AlibiAttention, AlibiDecoderLayer
+
+NEW_HEADS = ("lm_head.", "score.", "qa_outputs.")  # what fine-tuning may start from nothing
+
+
+class AlibiPreTrainedModel(PreTrainedModel):
+    """What all ALiBi models share: loading, initialisation, and what they declare to Transformers."""
+
+    config_class = AlibiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["AlibiDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # the stock path would drop the slopes
+    _supports_context_parallel = False  # it strips the mask
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": AlibiDecoderLayer, "attentions": AlibiAttention}
+
+    foreign_loader: Any = None
+    """Set by the installed `alibi_hf` package: loads a folder in an upstream layout, or returns None for our own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or Hub id in this model's layout; with `alibi_hf` installed, in an upstream layout too.
+
+        Raises:
+            ValueError: where a tensor outside a new head is missing: it would be random.
+        """
+        if cls.foreign_loader is not None:
+            model = cls.foreign_loader(cls, pretrained_model_name_or_path, *args, **kwargs)
+            if model is not None:
+                return model
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        saved = cls.__name__ in (model.config.architectures or [])  # the folder holds this very head
+        trained = [name for name in info["missing_keys"] if saved or not name.startswith(NEW_HEADS)]
+        if trained:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(trained)} tensors that {cls.__name__} needs, such as "
+                f"{sorted(trained)[0]}; its weights are incomplete, or config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """Return the backend that runs; refuse what cannot compute this config's attention.
+
+        Raises:
+            ValueError: naming the backend, and those that can.
+        """
+        device = next((parameter.device.type for parameter in self.parameters()), "meta")
+        if device == "meta":  # not loaded yet
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = resolve_attention(requested_attention, self.config, device)
+        if name == "flash_attention_2":
+            return name  # Transformers' own check asks whether its path, which drops the slopes, is supported
+        return super().get_correct_attn_implementation(name, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+    ) -> str:
+        """Keep Transformers from importing or downloading flash attention: what runs is decided above."""
+        if is_flash(attn_implementation):
+            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check, *args, **kwargs)
+
+    def _can_set_attn_implementation(self) -> bool:
+        return True  # the class that calls the interface lives in a file beside this one

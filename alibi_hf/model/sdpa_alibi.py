@@ -88,7 +88,7 @@ def _row_fits(query: torch.Tensor, distances: Distances) -> bool:
     return (
         query.dtype == torch.bfloat16
         and not distances.sqrt
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not torch.is_grad_enabled()
         and query.shape[2] == distances.num_keys <= ROW_TOKENS
         and fused_row_is_causal()
     )
@@ -108,8 +108,7 @@ def choose_groups(
         return [dense], "tiles", "attention_window is off, or distances are not linear"
     if queries < MIN_QUERIES or keys < MIN_KEYS or not isinstance(distances.offset, int):
         return [dense], "tiles", f"fewer than {MIN_QUERIES} queries or {MIN_KEYS} keys, or a static cache"
-    gradients = torch.is_grad_enabled() and query.requires_grad
-    eps = distances.window_eps or default_eps(query.dtype, gradients)
+    eps = distances.window_eps or default_eps(query.dtype, gradients=torch.is_grad_enabled())
     windows = head_windows(query, key, distances.slopes, scaling, eps, jensen=keys >= JENSEN_KEYS)
     groups = plan_groups(windows.unflatten(0, (key.shape[1], -1)).amax(-1).tolist(), queries, keys)
     share = sum(group.pairs(queries, keys) for group in groups) / dense.pairs(queries, keys)

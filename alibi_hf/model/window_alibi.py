@@ -72,10 +72,12 @@ def head_gaps(
     query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, scaling: float, jensen: bool = True
 ) -> torch.Tensor:
     """Return the largest gap between the bounds of a row, G above, float32 `[heads]`, in nats; as `head_windows`."""
-    groups = query.shape[1] // key.shape[1]
-    parts = key.shape[1] if query.device.type == "cpu" else 1  # head by head, what is read twice stays in a CPU's cache
+    groups, heads = query.shape[1] // key.shape[1], key.shape[1]
+    if query.device.type == "cpu":  # a head a thread at a time: what is read twice stays in the caches
+        heads = min(heads, torch.get_num_threads())
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # the bound allows for no 16-bit scores
-        pieces = zip(query.chunk(parts, 1), key.chunk(parts, 1), slopes.chunk(parts), strict=True)
+        own = heads * groups
+        pieces = zip(query.split(own, 1), key.split(heads, 1), slopes.split(own), strict=True)
         return torch.cat([_gaps(*piece, groups, scaling, jensen) for piece in pieces])
 
 

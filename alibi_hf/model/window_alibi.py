@@ -75,9 +75,7 @@ def head_gaps(
 ) -> torch.Tensor:
     """Return the largest gap between the bounds of a row, G above, float32 `[heads]`, in nats; as `head_windows`."""
     groups, heads = query.shape[1] // key.shape[1], key.shape[1]
-    if (
-        query.device.type == "cpu" and not is_tracing()
-    ):  # a head a thread at a time: what is read twice stays in the caches
+    if query.device.type == "cpu" and not is_tracing():  # a head a thread: what is read twice stays in the caches
         heads = min(heads, torch.get_num_threads())
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # the bound allows for no 16-bit scores
         own = heads * groups

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,6 +145,12 @@ class Distances:
         """Bool `[batch, queries]`, True for a query that counts; None where all do. The others read nothing."""
         return None if self.key_mask is None else self.key_mask[:, self.query_index]
 
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """Return `make()`, worked out once a call for all layers, whatever their heads."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
     def heads(self, start: int, count: int) -> Distances:
         """Return the distances of `count` heads from head `start` on: what one tensor-parallel rank needs."""
         mask, row = self.custom_mask, self.row
@@ -218,9 +225,9 @@ class Distances:
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         key_index = torch.arange(num_keys, device=self.slopes.device)
         visible = (key_index <= self.query_index[start:stop, None])[None, None]
-        if self.key_mask is not None and self.query_mask is not None:
-            visible = visible & self.key_mask[:, None, None, :num_keys]
-            visible = visible & self.query_mask[:, None, start:stop, None]
+        query_mask = self.query_mask
+        if self.key_mask is not None and query_mask is not None:
+            visible = visible & self.key_mask[:, None, None, :num_keys] & query_mask[:, None, start:stop, None]
         if self.query_document is not None and self.key_document is not None:
             same = self.query_document[:, start:stop, None] == self.key_document[:, None, :num_keys]
             visible = visible & same[:, None]

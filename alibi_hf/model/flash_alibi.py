@@ -201,10 +201,10 @@ def _ragged(states: States, distances: Distances, dropout: float, options: dict[
     query, key, value = states
     batch, queries = query.shape[:2]
     if queries == 1 and _reads_only(states, dropout):
-        left_padding = _once(distances, "left_padding", find_left_padding)
+        left_padding = distances.once("left_padding", lambda: find_left_padding(distances))
         if left_padding is not None:
             return _cached(states, distances, left_padding, options)
-    lines: Sequences = _once(distances, "sequences", lambda made: find_sequences(made, batch))
+    lines: Sequences = distances.once("sequences", lambda: find_sequences(distances, batch))
     if lines.max_queries == 0:
         return torch.zeros_like(query)
     output = flash_package().flash_attn_varlen_func(
@@ -223,13 +223,6 @@ def _ragged(states: States, distances: Distances, dropout: float, options: dict[
         empty = output.new_zeros(batch * queries, *output.shape[1:])
         output = empty.index_copy(0, lines.query_places, output)
     return output.view(query.shape)
-
-
-def _once(distances: Distances, name: str, find: Any) -> Any:
-    """Return `find(distances)`, worked out once a call for all layers: it waits for the device."""
-    if name not in distances.shared:
-        distances.shared[name] = find(distances)
-    return distances.shared[name]
 
 
 def _gather(states: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

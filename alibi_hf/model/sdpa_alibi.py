@@ -123,13 +123,15 @@ def _decode_window_fits(key: torch.Tensor, distances: Distances) -> bool:
         return False
     if distances.custom_mask is not None or not isinstance(distances.offset, int):
         return False
-    if distances.key_mask is None:
-        return True
-    if "unbroken" not in distances.shared:
-        kept = distances.key_mask.sum(-1)
-        left_padded = kept == distances.num_keys - distances.key_mask.int().argmax(-1)
-        distances.shared["unbroken"] = bool((left_padded & (kept >= BLOCK)).all())
-    return distances.shared["unbroken"]
+    return distances.key_mask is None or distances.once("left_padded", lambda: _is_left_padded(distances, BLOCK))
+
+
+def _is_left_padded(distances: Distances, tokens: int) -> bool:
+    """True where each row ends with at least `tokens` keys that count, and masks none but those before them."""
+    mask = distances.key_mask
+    assert mask is not None
+    kept = mask.sum(-1)
+    return bool(((kept == distances.num_keys - mask.int().argmax(-1)) & (kept >= tokens)).all())
 
 
 def _explain(distances: Distances, form: str, reason: str, query: torch.Tensor, key: torch.Tensor) -> None:

@@ -64,9 +64,7 @@ def find_segments(distances: Distances, batch: int) -> list[Rows] | None:
     plain = distances.key_mask is None and distances.key_document is None
     if is_tracing() or special or plain or distances.query_index.numel() < MIN_QUERIES:
         return None
-    if ("segments", batch) not in distances.shared:
-        distances.shared["segments", batch] = _find(distances, batch)
-    return distances.shared["segments", batch]
+    return distances.once(("segments", batch), lambda: _find(distances, batch))
 
 
 def _find(distances: Distances, batch: int) -> list[Rows]:

@@ -23,13 +23,12 @@ from .segments_alibi import attend_segments, find_segments
 from .single_alibi import MIN_KEYS as MIN_SINGLE_KEYS
 from .single_alibi import single_attention
 from .tiles_alibi import Group, plan_groups, tiled_attention
-from .window_alibi import BLOCK, KeyNorms, default_eps, head_windows
+from .window_alibi import BLOCK, JENSEN_KEYS, KeyNorms, default_eps, head_windows
 
 logger = logging.get_logger(__name__)
 
 MIN_QUERIES = 256  # with fewer, finding the windows costs what they save
 MIN_KEYS = 1024
-JENSEN_KEYS = 8192  # below, the self score alone does as well, for less
 MAX_SHARE = 0.8  # of the pairs of query and key that dense tiles compute
 
 

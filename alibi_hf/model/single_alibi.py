@@ -9,10 +9,10 @@ import torch
 
 from .bias_alibi import Distances
 from .tiles_alibi import Group, neighbours
-from .window_alibi import KeyNorms, decode_windows, default_eps
+from .window_alibi import JENSEN_KEYS, KeyNorms, decode_windows, default_eps
 
 MIN_KEYS = 4096  # below, finding the windows costs what they save
-CALL_KEYS = 1500  # what two products more cost, in keys of one head
+CALL_KEYS = 3000  # what two products more cost, in keys of one head
 
 
 def single_attention(
@@ -42,7 +42,8 @@ def single_attention(
 
 def _plan(query: torch.Tensor, key: torch.Tensor, norms: KeyNorms, distances: Distances, scaling: float) -> list[Group]:
     eps = distances.window_eps or default_eps(query.dtype, gradients=False)
-    windows = decode_windows(query, key, norms, distances.slopes, scaling, eps)
+    jensen = key.shape[2] >= JENSEN_KEYS
+    windows = decode_windows(query, key, norms, distances.slopes, scaling, eps, jensen)
     windows = windows.unflatten(0, (key.shape[1], -1)).amax(-1)
 
     def cost(group: Group) -> int:
@@ -72,6 +73,6 @@ def _products(
     """Attend by two products; keys come first: else oneDNN copies keys that lie in a cache with room to grow."""
     grouped = (query.shape[0], key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
     scores = torch.matmul(key, query.reshape(grouped).transpose(2, 3)).transpose(2, 3)
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
-    weights = torch.softmax(scores.reshape(*query.shape[:3], -1) + bias, dim=-1).to(value.dtype)
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).reshape(*query.shape[:3], -1)
+    weights = torch.softmax(torch.add(bias, scores, alpha=scaling), dim=-1).to(value.dtype)
     return torch.matmul(weights.view(*grouped[:3], -1), value).view(query.shape)

@@ -38,6 +38,7 @@ from .positions_alibi import is_tracing
 
 BLOCK = 128  # keys whose mean the Jensen bound takes; no window is shorter
 JENSEN_BLOCKS = (1, 2, 4, 8)
+JENSEN_KEYS = 8192  # below, the self score alone does as well, for less
 CENTRE_KEYS = 256  # keys whose mean is the centre: any centre is right, this one is cheap and near the best
 ROUNDING = 2.0**-13  # what float32 sums of at most 256 products of 16-bit or wider numbers can be off by, generously
 
@@ -182,7 +183,13 @@ class KeyNorms:
 
 
 def decode_windows(
-    query: torch.Tensor, key: torch.Tensor, norms: KeyNorms, slopes: torch.Tensor, scaling: float, eps: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    norms: KeyNorms,
+    slopes: torch.Tensor,
+    scaling: float,
+    eps: float,
+    jensen: bool = True,
 ) -> torch.Tensor:
     """Return the window of each head for one query at the last key, float32 `[heads]`; as `head_windows`.
 
@@ -191,11 +198,13 @@ def decode_windows(
         norms: of these keys.
     """
     heads = query[:, :, 0].float().unflatten(1, (key.shape[1], -1))  # [batch, key/value heads, group, dim]
-    largest = row_norms(heads) * norms.spread[:, :, None] * abs(scaling)
-    recent = (key[:, :, -BLOCK:] - norms.centre).float()
-    centred = torch.stack([recent[:, :, -1], recent.mean(2)], dim=-1)  # the query's own key, and the mean of a block
-    scores = torch.matmul(heads, centred) * scaling
-    count = recent.shape[2]
-    jensen = scores[..., 1] + math.log(count) - slopes.unflatten(0, (key.shape[1], -1)) * ((count - 1) / 2)
-    lower = torch.maximum(scores[..., 0], jensen)
-    return windows_of_gap((largest * (1 + ROUNDING) - lower).amax(0).flatten(), slopes, eps)
+    recent = (key[:, :, -BLOCK if jensen else -1 :] - norms.centre).float()
+    largest = row_norms(heads) * norms.spread[:, :, None]
+    lower = torch.linalg.vecdot(heads, recent[:, :, -1:]) * scaling
+    if jensen:
+        count = recent.shape[2]
+        distance = slopes.unflatten(0, (key.shape[1], -1)) * ((count - 1) / 2)
+        mean = torch.linalg.vecdot(heads, recent.mean(2, keepdim=True)) * scaling
+        lower = torch.maximum(lower, mean + (math.log(count) - distance))
+    gap = largest * (abs(scaling) * (1 + ROUNDING)) - lower
+    return windows_of_gap(gap.amax(0).flatten(), slopes, eps)

@@ -75,6 +75,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         (segments_alibi, "MIN_QUERIES", 2),
         (sdpa_alibi, "MIN_KEYS", 1),
         (sdpa_alibi, "JENSEN_KEYS", 1),
+        (single_alibi, "JENSEN_KEYS", 1),
         (sdpa_alibi, "MAX_SHARE", math.inf),
         (sdpa_alibi, "MIN_SINGLE_KEYS", 1),
         (single_alibi, "CALL_KEYS", 0),

@@ -1,8 +1,5 @@
 """A plain MPT after llm-foundry's formulas, for checkpoints that Transformers' `MptForCausalLM` does not compute.
 
-It has upstream's tensor names, eager attention, any dtype, no cache, and shares nothing with the model of this package:
-it is what that model is compared with. Softmax and bias are in float32, or in float64 for a float64 model.
-
 Source of the formulas: llm-foundry, `llmfoundry/models/mpt/modeling_mpt.py` and `llmfoundry/models/layers`.
 """
 
@@ -10,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.modeling_outputs import CausalLMOutput
+
+from alibi_hf.families._plain import PlainForCausalLM, PlainNorm, at_least_float32, attend, hidden_keys
 
 
 def plain_slopes(heads: int, bias_max: float, dtype: torch.dtype, device: Any = None) -> Tensor:
@@ -24,23 +21,6 @@ def plain_slopes(heads: int, bias_max: float, dtype: torch.dtype, device: Any = 
     if power != heads:
         slopes = torch.cat([slopes[1::2], slopes[0::2]])[:heads]
     return slopes
-
-
-class PlainNorm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with or without bias."""
-
-    def __init__(self, size: int, kind: str, eps: float, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias and kind == "layer_norm" else None
-        self.kind, self.eps = kind, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        if self.kind == "layer_norm":
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
 class PlainAttention(nn.Module):
@@ -72,13 +52,8 @@ class PlainAttention(nn.Module):
         if spec["qk_norm"] == "head":
             q, k = self.q_ln(q), self.k_ln(k)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
-        scores = q @ k.transpose(-1, -2) * spec["softmax_scale"]
-        if cap := spec["attn_logit_softcapping"]:
-            scores = cap * torch.tanh(scores / cap)
-        scores = scores + position_bias
-        weights = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min).softmax(-1)
-        return self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        scale, softcap = spec["softmax_scale"], spec["attn_logit_softcapping"]
+        return self.out_proj(attend(q, k, v, position_bias, attention_mask, scale, softcap))
 
 
 class PlainMlp(nn.Module):
@@ -126,44 +101,33 @@ class PlainDecoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Ids [batch, tokens] and mask [batch, tokens] (1 for a token) to states [batch, tokens, width]."""
         length, device = input_ids.shape[1], input_ids.device
-        dtype = torch.promote_types(self.wte.weight.dtype, torch.float32)
-        slopes = plain_slopes(self.spec["heads"], self.spec["bias_max"], dtype, device)
+        slopes = plain_slopes(
+            self.spec["heads"], self.spec["bias_max"], at_least_float32(self.wte.weight.dtype), device
+        )
         bias = slopes[:, None, None] * torch.arange(1 - length, 1, device=device)
-        hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
-        if attention_mask is not None:
-            hidden = hidden | (attention_mask == 0)[:, None, None, :]
+        hidden = hidden_keys(input_ids, attention_mask)
         x = self.wte(input_ids)
         for block in self.blocks:
             x = block(x, position_bias=bias, attention_mask=hidden)
         return self.norm_f(x)
 
 
-class PlainMptForCausalLM(nn.Module):
-    """The language model: logits, and the shifted cross entropy where labels are given."""
+class PlainMptForCausalLM(PlainForCausalLM):
+    """The language model."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.spec = spec
+        self.logit_scale, self.final_softcap = spec["logit_scale"], spec["final_logit_softcapping"]
         self.transformer = PlainDecoder(spec)
         self.lm_head = None if spec["tie"] else nn.Linear(spec["width"], spec["vocab"], bias=False)
 
-    def tie_weights(self) -> None:
-        """Nothing to do: a tied model has no weight of its own for the head."""
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """As `PlainForCausalLM.states`."""
+        return self.transformer(input_ids, attention_mask)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
-    ) -> CausalLMOutput:
-        """Ids [batch, tokens] to logits [batch, tokens, vocab]."""
-        head = self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(self.transformer(input_ids, attention_mask), head)
-        if self.spec["logit_scale"] is not None:
-            logits = logits * self.spec["logit_scale"]
-        if cap := self.spec["final_logit_softcapping"]:
-            logits = cap * torch.tanh(logits / cap)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+    def head(self) -> Tensor:
+        """As `PlainForCausalLM.head`."""
+        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
 
 __all__ = ["PlainMptForCausalLM", "plain_slopes"]

@@ -9,8 +9,9 @@ from transformers.activations import ACT2FN
 from alibi_hf.families._layout import head_sizes, layer_modules
 from alibi_hf.families._mpt_config import mpt_config
 from alibi_hf.families._mpt_plain import PlainMptForCausalLM
+from alibi_hf.families._plain import plain_reference
 from alibi_hf.families._reference import Reference
-from alibi_hf.families._truth import KeepFloat64, float64_truth, true_slopes
+from alibi_hf.families._truth import float64_truth, true_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 # What Transformers' MptForCausalLM computes whatever its config says: (our field, the value it computes).
@@ -66,20 +67,8 @@ def _native_reference(config: AlibiConfig) -> Reference:
 
 def _plain_reference(ignored: dict[str, Any]) -> Reference:
     named = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
-    return Reference(
-        class_name="alibi_hf.families._mpt_plain.PlainMptForCausalLM",
-        attn_implementation="eager",
-        build=_build_plain,
-        truth=KeepFloat64,
-        exact_truth=KeepFloat64,
-        as_is_truth_note="a float64 model of the plain module is the truth as it stands",
-        attention_modules=_attention_modules,
-        bias_argument="position_bias",
-        bias_layout="heads",
-        expressible=False,
-        reason=f"Transformers' MptForCausalLM ignores {named}; the reference is a plain module after llm-foundry",
-        has_cache=False,
-    )
+    reason = f"Transformers' MptForCausalLM ignores {named}; the reference is a plain module after llm-foundry"
+    return plain_reference(PlainMptForCausalLM, _build_plain, _attention_modules, reason)
 
 
 def _true_bias(heads: int, length: int, alibi_bias_max: float = 8, device: Any = None) -> Tensor:

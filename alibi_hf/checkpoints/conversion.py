@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.families._fields import defaults_used
@@ -54,17 +53,17 @@ class Conversion:
         return write_json(Path(directory) / FILE, self.to_dict())
 
 
-def fates(groups: list[Group]) -> list[dict[str, Any]]:
-    """Source, target names, rule, fate and reason of every tensor."""
+def fates(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Source, target names, rule, fate and reason of every tensor; the reason of one put together says how."""
     return [
         {
             "source": group.source,
             "target": list(group.targets),
             "rule": group.rule.describe(),
             "fate": group.fate,
-            "reason": group.rule.reason,
+            "reason": group.rule.reason or checkpoint.tensors[group.source].origin,
         }
-        for group in groups
+        for group in checkpoint.groups
     ]
 
 
@@ -79,7 +78,7 @@ def record(checkpoint: Checkpoint, out: Path, files: list[dict[str, Any]], comma
             "files": checkpoint.sha256(),
         },
         output={"files": files},
-        tensors=fates(checkpoint.groups),
+        tensors=fates(checkpoint),
         config={
             "from": checkpoint.raw,
             "to": json.loads(checkpoint.config.to_json_string()),

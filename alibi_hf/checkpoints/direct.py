@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
+from alibi_hf.checkpoints.megatron import layer_files
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -43,7 +44,13 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
         return None
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     allow_pickle = kwargs.pop("use_safetensors", None) is False
-    checkpoint = Checkpoint.open(_folder(source, hub, allow_pickle), allow_pickle=allow_pickle, need_head=False)
+    folder = _folder(source, hub, allow_pickle)
+    if layer_files(folder):
+        raise CheckpointFileError(
+            f"{source} holds Megatron-DeepSpeed's layer files, which Transformers' loader cannot put together. Convert "
+            f"them first (alibi-hf convert --allow-pickle) and load the result."
+        )
+    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
     config = _config(checkpoint, cls, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     with _LOADING:

@@ -109,7 +109,7 @@ def _position(checkpoint: Checkpoint) -> str:
 
 
 def _tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    rows = fates(checkpoint.groups)
+    rows = fates(checkpoint)
     for row in rows:
         info = checkpoint.tensors[row["source"]]
         row |= {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch."), "values": prod(info.shape)}

@@ -99,6 +99,7 @@ class Rule:
         fate: "used"; "tied" (a copy of the first target, not stored again); "dropped".
         reason: why, for "tied" and "dropped".
         prefix: a start of the name that some files have and others lack, such as "transformer.".
+        wrapper: a further start before the prefix that some files have, such as the "model." of a training framework.
         required: whether its absence is an error.
     """
 
@@ -108,6 +109,7 @@ class Rule:
     fate: Fate = "used"
     reason: str = ""
     prefix: str = ""
+    wrapper: str = ""
     required: bool = True
 
     @cached_property
@@ -121,7 +123,7 @@ class Rule:
 
     def source_regex(self) -> str:
         """The regular expression of the full source name; its one group, if any, is the layer."""
-        optional = f"(?:{re.escape(self.prefix)})?" if self.prefix else ""
+        optional = "".join(f"(?:{re.escape(start)})?" for start in (self.wrapper, self.prefix) if start)
         return f"^{optional}" + re.escape(self.source).replace(r"\{i\}", r"(\d+)") + "$"
 
     def match(self, name: str) -> int | None:

@@ -7,7 +7,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,6 +51,20 @@ class TensorInfo:
         """Size of the values in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds a part of it."""
+        return (self.shard,)
+
+    @property
+    def origin(self) -> str:
+        """How it comes out of the files, where that takes more than reading; for `conversion.json`."""
+        return ""
+
+    def assemble(self, held: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """The tensor from the content of its `files`, in their order."""
+        return held[0][self.name]
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `CheckpointFileError` if it is missing or is none."""
@@ -79,15 +93,20 @@ def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorIn
             raise CheckpointFileError(
                 f"{folder} holds neither {SAFETENSORS[1]} nor {SAFETENSORS[0]}; is it a model folder, and complete?"
             )
-        if not allow_pickle:
-            raise UnsafeSourceError(
-                f"{folder} holds its weights as pickles only ({found[0].name}). Reading them can be allowed with "
-                f"--allow-pickle (allow_pickle=True); it uses weights_only=True, which runs no code."
-            )
+        require_pickle_allowed(folder, found[0], allow_pickle)
     entry, index = found
     if index is None:
         return read(entry)
     return _check_index(folder, entry, index, read)
+
+
+def require_pickle_allowed(folder: Path, file: Path, allow_pickle: bool) -> None:
+    """`UnsafeSourceError`, which names the pickle `file`, unless `allow_pickle`."""
+    if not allow_pickle:
+        raise UnsafeSourceError(
+            f"{folder} holds its weights as pickles only ({file.name}). Reading them can be allowed with "
+            f"--allow-pickle (allow_pickle=True); it uses weights_only=True, which runs no code."
+        )
 
 
 def _find(folder: Path, names: tuple[str, str]) -> tuple[Path, dict[str, Any] | None] | None:
@@ -209,4 +228,13 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "TensorInfo", "list_tensors", "load_pickle", "read_json", "sha256_of"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "TensorInfo",
+    "list_tensors",
+    "load_pickle",
+    "read_json",
+    "require_pickle_allowed",
+    "sha256_of",
+]

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
@@ -62,7 +63,7 @@ class Checkpoint:
     family: Family
     config: AlibiConfig
     groups: list[Group] = field(repr=False)
-    _pickle: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
+    _pickles: tuple[tuple[Path, ...], list[dict[str, Tensor]]] | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -78,7 +79,7 @@ class Checkpoint:
         Args:
             path_or_id: a folder, or "owner/name" on the Hub.
             revision: branch, tag or commit of a Hub id.
-            allow_pickle: read `pytorch_model*.bin` where there are no safetensors.
+            allow_pickle: read `pytorch_model*.bin` or Megatron-DeepSpeed's layer files where there are no safetensors.
             need_head: whether a decoder without any head is an error.
             config_fields: fields of our config to set on top, such as `alibi_rounding="bloom"`.
 
@@ -89,7 +90,7 @@ class Checkpoint:
         """
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
-        tensors = list_tensors(folder, allow_pickle)
+        tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
         try:
             family = find_family(raw, list(tensors))
             config = with_fields(family.config(raw), config_fields)
@@ -121,7 +122,7 @@ class Checkpoint:
     @cached_property
     def shards(self) -> list[Path]:
         """The weight files, by name."""
-        return sorted({info.shard for info in self.tensors.values()})
+        return sorted({path for info in self.tensors.values() for path in info.files})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,18 +149,18 @@ class Checkpoint:
             raise TensorError(f"{self.path} holds no tensor {name}.")
         shard = self.tensors[name].shard
         if shard.suffix != ".safetensors":
-            return self._from_pickle(shard, name)
+            return self._from_pickles(self.tensors[name])
         try:
             with safe_open(shard, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointFileError(f"{name} cannot be read from {shard}: {error}.") from error
 
-    def _from_pickle(self, shard: Path, name: str) -> Tensor:
-        if self._pickle is None or self._pickle[0] != shard:
-            self._pickle = None
-            self._pickle = (shard, load_pickle(shard))
-        return self._pickle[1][name]
+    def _from_pickles(self, info: TensorInfo) -> Tensor:
+        if self._pickles is None or self._pickles[0] != info.files:
+            self._pickles = None  # let go of the last files before the next are opened
+            self._pickles = (info.files, [load_pickle(file) for file in info.files])
+        return info.assemble(self._pickles[1])
 
     def check_values(self, group: Group, allow_nonfinite: bool = False) -> None:
         """Look at the values of one group: NaN and Inf are refused, and a tied copy must equal its original.
@@ -243,7 +244,7 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
         raise CheckpointFileError(f"{name} is not a folder; give a model folder or a Hub id such as owner/name.")
     from huggingface_hub import snapshot_download
 
-    patterns = PATTERNS + (["*.bin"] if allow_pickle else [])
+    patterns = PATTERNS + (["*.bin", PATTERN] if allow_pickle else [])
     try:
         local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub client raises many kinds; all mean that there is nothing to read

@@ -3,6 +3,9 @@
 A family module has five names: `NAMES` (its name, then the model types and classes it answers to), `recognise(raw,
 tensor_names)`, `config(raw)`, `rules(config)` and `reference(config)`. Three constants describe it: `FIELDS`, what it
 reads; `ROUNDINGS`, the values of `alibi_rounding` that mean something for it; `REFERENCE`, the upstream class.
+
+A family whose config.json chooses between layouts of the files has a ninth, `variant(raw)`: the same family with the
+rules and the reference of that layout, or None for the usual one.
 """
 
 import importlib
@@ -59,7 +62,8 @@ def find_family(raw: dict[str, Any], tensor_names: Sequence[str] = ()) -> Family
     """
     for family in all_families():
         if family.recognise(raw, tensor_names):
-            return family
+            variant: Family | None = getattr(family, "variant", lambda _: None)(raw)
+            return variant or family
     known = ", ".join(family.NAMES[0] for family in all_families())
     raise UnknownFamilyError(
         f"model_type={raw.get('model_type')!r} with architectures={raw.get('architectures')!r} and tensors such as "

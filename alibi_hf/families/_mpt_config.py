@@ -22,6 +22,8 @@ from alibi_hf.families._fields import (
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 DICT = (dict,)
+_OWN_CODE = "Load it with the checkpoint's own code: trust_remote_code=True."
+_SHARED_KEYS = f"Every layer has keys of its own here. {_OWN_CODE}"
 FIELDS = (
     Field(("vocab_size",), INT, default=50368, to="vocab_size"),
     Field(("d_model", "hidden_size"), INT, default=2048, to="hidden_size"),
@@ -36,13 +38,14 @@ FIELDS = (
     Field(("norm_type",), TEXT, default="low_precision_layernorm"),
     Field(("logit_scale",), (int, float, str), default=None),
     Field(("no_bias",), BOOL, default=None),
-    Field(("attention_bias",), BOOL, default=True),
+    Field(("attention_bias",), BOOL, default=None),
     Field(("final_logit_softcapping",), NUMBER, default=None, to="final_logit_softcapping"),
     TIE_FIELD,
     Field(("attn_config",), DICT, default=None),
     Field(("ffn_config",), DICT, default=None),
-    Field(("block_overrides",), DICT, default=None, accept=(None,), refusal="Layers that differ are not supported."),
+    Field(("block_overrides",), DICT, default=None, accept=(None,), refusal=f"All layers are alike here. {_OWN_CODE}"),
     Field(("residual_modification",), TEXT, default=None, accept=(None,)),
+    Field(("fuse_norm_attn_norm",), BOOL, default=False),
     *TOKEN_FIELDS,
 )
 INERT = {
@@ -64,21 +67,25 @@ ATTENTION_FIELDS = (
     ),
     Field(("attn_pdrop",), NUMBER, default=0.0, to="attention_dropout"),
     Field(("clip_qkv",), NUMBER, default=None, to="clip_qkv"),
-    Field(("softmax_scale",), NUMBER, default=None, to="attention_scale"),
+    Field(("softmax_scale",), NUMBER, default=None),
     Field(("qk_ln",), BOOL, default=False),
     Field(("qk_gn",), BOOL, default=False),
     Field(("kv_n_heads",), INT, default=None),
-    Field(("kv_dim",), INT, default=None, accept=(None,), refusal="Keys of another width are not supported."),
-    Field(("fused_qkv",), BOOL, default=True, accept=(True,), refusal="Fuse Wq, Wk and Wv into Wqkv first."),
+    Field(("kv_dim",), INT, default=None, accept=(None,), refusal="Keys of another width are cross-attention's."),
+    Field(("fused_qkv",), BOOL, default=True),
+    Field(("norm_type",), TEXT, default="low_precision_layernorm"),
+    Field(("norm_eps",), NUMBER, default=1e-5),
     Field(("alibi",), BOOL, default=None),
     Field(("alibi_bias_max",), NUMBER, default=8, to="alibi_bias_max"),
-    Field(("rope",), BOOL, default=False, accept=(False,), refusal="Use the checkpoint's own class for RoPE."),
-    Field(("prefix_lm",), BOOL, default=False, accept=(False,), refusal="This decoder is causal."),
-    Field(("sliding_window_size",), INT, default=-1, accept=(-1,), refusal="Sliding windows are not supported."),
+    Field(("rope",), BOOL, default=False, accept=(False,), refusal=f"RoPE is not ALiBi. {_OWN_CODE}"),
+    Field(("nope",), BOOL, default=False, accept=(False,), refusal=f"Without positions there is no ALiBi. {_OWN_CODE}"),
+    Field(("prefix_lm",), BOOL, default=False, accept=(False, None), refusal=f"This decoder is causal. {_OWN_CODE}"),
+    Field(("sliding_window_size",), INT, default=-1, accept=(-1,), refusal=f"Every token sees all before. {_OWN_CODE}"),
     Field(("attn_logit_softcapping",), NUMBER, default=None, to="attn_logit_softcapping"),
-    Field(("attn_temperature_tuning",), DICT, default=None, accept=(None,)),
-    Field(("reuse_kv_layer_idx",), INT, default=None, accept=(None,), refusal="Shared keys are not supported."),
-    Field(("reuse_kv_x_layer_idx",), INT, default=None, accept=(None,), refusal="Shared keys are not supported."),
+    Field(("attn_temperature_tuning",), DICT, default=None),
+    Field(("reuse_kv_layer_idx",), INT, default=None, accept=(None,), refusal=_SHARED_KEYS),
+    Field(("reuse_kv_x_layer_idx",), INT, default=None, accept=(None,), refusal=_SHARED_KEYS),
+    Field(("seq_parallel_world_size",), INT, default=None, accept=(None, 1)),
 )
 ATTENTION_INERT = {
     "attn_impl": "the backend is chosen with attn_implementation",
@@ -89,7 +96,7 @@ ATTENTION_INERT = {
     "initializer_range": "only new weights would read it",
 }
 FFN_FIELDS = (
-    Field(("ffn_type",), TEXT, default="mptmlp", accept=("mptmlp", "mptglu")),
+    Field(("ffn_type",), TEXT, default="mptmlp", accept=("mptmlp", "mptglu"), refusal=_OWN_CODE),
     Field(("ffn_act_fn",), DICT, default=None),
     Field(("ffn_hidden_size",), INT, default=None),
 )
@@ -126,14 +133,14 @@ def mpt_config(raw: dict[str, Any]) -> AlibiConfig:
     attention = read_fields(values["attn_config"] or {}, ATTENTION_FIELDS, ATTENTION_INERT, "mpt attn_config")
     ffn = read_fields(values["ffn_config"] or {}, FFN_FIELDS, FFN_INERT, "mpt ffn_config")
     _need_alibi(raw, attention)
+    _need_plain_queries(values, attention)
     no_bias = values["no_bias"] if values["no_bias"] is not None else not is_foundry(raw)
-    attention_bias = not no_bias and values["attention_bias"]  # what the files hold decides: leftovers stop the load
-    head_dim = values["head_dim"]
-    if head_dim is None:
-        head_dim = need_multiple(values["d_model"], values["n_heads"], "mpt")
+    share = need_multiple(values["d_model"], values["n_heads"], "mpt")  # upstream wants it beside head_dim too
+    head_dim = share if values["head_dim"] is None else values["head_dim"]
     more = {field.to: attention[field.names[0]] for field in ATTENTION_FIELDS if field.to}
     more |= {
         "head_dim": head_dim,
+        "attention_scale": _attention_scale(attention["softmax_scale"], share, head_dim),
         "num_key_value_heads": _kv_heads(values["n_heads"], attention),
         "qk_norm": "full" if attention["qk_ln"] else "head" if attention["qk_gn"] else None,
         "clip_qkv": attention["clip_qkv"] or None,  # upstream tests its truth, so that 0 means none
@@ -142,10 +149,11 @@ def mpt_config(raw: dict[str, Any]) -> AlibiConfig:
         "hidden_act": _activation(ffn["ffn_act_fn"]),
         "norm_type": _norm_type(values["norm_type"]),
         "norm_bias": not no_bias,
-        "attention_bias": attention_bias,
-        "attention_out_bias": attention_bias,
+        # of Wqkv alone, where it has the last word; the output projection has what no_bias says
+        "attention_bias": values["attention_bias"] if values["attention_bias"] is not None else not no_bias,
+        "attention_out_bias": not no_bias,
         "mlp_bias": not no_bias,
-        "logit_scale": _logit_scale(values),
+        "logit_scale": logit_scale(values, "mpt"),
     }
     return build_config("mpt", raw, FIELDS, values, **more)
 
@@ -161,6 +169,30 @@ def _need_alibi(raw: dict[str, Any], attention: dict[str, Any]) -> None:
         )
     if attention["qk_ln"] and attention["qk_gn"]:
         raise ConfigFieldError("mpt attn_config: qk_ln=True and qk_gn=True exclude each other.")
+
+
+def _need_plain_queries(values: dict[str, Any], attention: dict[str, Any]) -> None:
+    """Refuse a query/key norm of another kind than the other norms, and queries scaled by their position."""
+    tuning = attention["attn_temperature_tuning"] or {}
+    if tuning.get("attn_scale", 0.0) != 0.0:
+        raise ConfigFieldError(
+            f"mpt attn_config: attn_temperature_tuning={tuning} scales queries by their position, which cannot be "
+            f"expressed; only attn_scale=0.0 can. {_OWN_CODE}"
+        )
+    norms = (_norm_type(attention["norm_type"]), attention["norm_eps"])
+    others = (_norm_type(values["norm_type"]), values["layer_norm_epsilon"])
+    if (attention["qk_ln"] or attention["qk_gn"]) and norms != others:
+        kind = "qk_ln" if attention["qk_ln"] else "qk_gn"
+        raise ConfigFieldError(
+            f"mpt attn_config: {kind}=True is a {norms[0]} with eps={norms[1]} in llm-foundry's code, whatever "
+            f"norm_type={values['norm_type']!r} and norm_eps={others[1]} say of the other norms; norms of two kinds "
+            f"cannot be expressed. {_OWN_CODE}"
+        )
+
+
+def _attention_scale(given: float | None, share: int, head_dim: int) -> float | None:
+    """Upstream's default is the root of d_model / n_heads, whatever head_dim says."""
+    return share**-0.5 if given is None and head_dim != share else given
 
 
 def _kv_heads(heads: int, attention: dict[str, Any]) -> int:
@@ -203,13 +235,14 @@ def _norm_type(name: str) -> str:
     return NORMS[name.lower()]
 
 
-def _logit_scale(values: dict[str, Any]) -> float | None:
+def logit_scale(values: dict[str, Any], where: str) -> float | None:
+    """The factor on the logits that `logit_scale` and `d_model` say; `ConfigFieldError` for an unknown word."""
     scale = values["logit_scale"]
     if isinstance(scale, str):
         if scale != "inv_sqrt_d_model":
-            raise ConfigFieldError(f"mpt: logit_scale={scale!r} is not understood; a number or 'inv_sqrt_d_model'.")
+            raise ConfigFieldError(f"{where}: logit_scale={scale!r} is not understood; a number or 'inv_sqrt_d_model'.")
         return values["d_model"] ** -0.5
     return scale
 
 
-__all__ = ["ATTENTION_FIELDS", "FFN_FIELDS", "FIELDS", "is_foundry", "mpt_config"]
+__all__ = ["ATTENTION_FIELDS", "FFN_FIELDS", "FIELDS", "is_foundry", "logit_scale", "mpt_config"]

@@ -30,9 +30,10 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.spec = spec
         self.heads, self.kv_heads, self.dim = spec["heads"], spec["kv_heads"], spec["head_dim"]
-        rows = (self.heads + 2 * self.kv_heads) * self.dim
-        self.Wqkv = nn.Linear(spec["width"], rows, bias=spec["attention_bias"])
-        self.out_proj = nn.Linear(self.heads * self.dim, spec["width"], bias=spec["attention_bias"])
+        rows = {"Wq": self.heads * self.dim, "Wk": self.kv_heads * self.dim, "Wv": self.kv_heads * self.dim}
+        for name, size in {"Wqkv": sum(rows.values())}.items() if spec["fused_qkv"] else rows.items():
+            self.add_module(name, nn.Linear(spec["width"], size, bias=spec["attention_bias"]))
+        self.out_proj = nn.Linear(self.heads * self.dim, spec["width"], bias=spec["attention_out_bias"])
         norm = (spec["norm_type"], spec["norm_eps"], spec["norm_bias"])
         if spec["qk_norm"] == "full":
             self.q_ln = PlainNorm(self.heads * self.dim, *norm)
@@ -42,7 +43,9 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor) -> Tensor:
         """x [batch, queries, width], bias [heads, 1, keys], mask [batch, 1, queries, keys] true where hidden."""
-        fused, spec = self.Wqkv(x), self.spec
+        spec = self.spec
+        names = ["Wqkv"] if spec["fused_qkv"] else ["Wq", "Wk", "Wv"]
+        fused = torch.cat([self.get_submodule(name)(x) for name in names], dim=-1)
         if spec["clip_qkv"]:
             fused = fused.clamp(-spec["clip_qkv"], spec["clip_qkv"])
         q, k, v = fused.split([self.heads * self.dim] + [self.kv_heads * self.dim] * 2, dim=-1)
@@ -74,18 +77,22 @@ class PlainMlp(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """One pre-norm layer."""
+    """One pre-norm layer; with `fuse_norm_attn_norm` its norms and its attention are in a module of their own."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         norm = (spec["width"], spec["norm_type"], spec["norm_eps"], spec["norm_bias"])
-        self.norm_1, self.norm_2 = PlainNorm(*norm), PlainNorm(*norm)
-        self.attn, self.ffn = PlainAttention(spec), PlainMlp(spec)
+        part: Any = self
+        if spec["fused_norms"]:
+            part = self.norm_attn_norm = nn.Module()
+        part.norm_1, part.norm_2, part.attn = PlainNorm(*norm), PlainNorm(*norm), PlainAttention(spec)
+        self.ffn = PlainMlp(spec)
 
     def forward(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor) -> Tensor:
         """[batch, tokens, width] to [batch, tokens, width]."""
-        x = x + self.attn(self.norm_1(x), position_bias=position_bias, attention_mask=attention_mask)
-        return x + self.ffn(self.norm_2(x))
+        part: Any = getattr(self, "norm_attn_norm", self)
+        x = x + part.attn(part.norm_1(x), position_bias=position_bias, attention_mask=attention_mask)
+        return x + self.ffn(part.norm_2(x))
 
 
 class PlainDecoder(nn.Module):

@@ -1,5 +1,6 @@
 """What an MPT checkpoint is compared with: Transformers' class where it computes the config, else the plain module."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from alibi_hf.families._layout import head_sizes, layer_modules
 from alibi_hf.families._mpt_config import mpt_config
+from alibi_hf.families._mpt_layout import USUAL, MptLayout, mpt_layout
 from alibi_hf.families._mpt_plain import PlainMptForCausalLM
 from alibi_hf.families._plain import plain_reference
 from alibi_hf.families._reference import Reference
@@ -40,10 +42,10 @@ def ignored_fields(config: AlibiConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name, value in computed.items() if getattr(config, name) != value}
 
 
-def mpt_reference(config: AlibiConfig) -> Reference:
-    """The reference of an MPT config; see the module's docstring."""
-    ignored = ignored_fields(config)
-    return _plain_reference(ignored) if ignored else _native_reference(config)
+def mpt_reference(config: AlibiConfig, layout: MptLayout = USUAL) -> Reference:
+    """The reference of an MPT config and layout; see the module's docstring."""
+    ignored = ignored_fields(config) | layout.unusual()
+    return _plain_reference(ignored, layout) if ignored else _native_reference(config)
 
 
 def _native_reference(config: AlibiConfig) -> Reference:
@@ -65,10 +67,10 @@ def _native_reference(config: AlibiConfig) -> Reference:
     )
 
 
-def _plain_reference(ignored: dict[str, Any]) -> Reference:
+def _plain_reference(ignored: dict[str, Any], layout: MptLayout) -> Reference:
     named = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
     reason = f"Transformers' MptForCausalLM ignores {named}; the reference is a plain module after llm-foundry"
-    return plain_reference(PlainMptForCausalLM, _build_plain, _attention_modules, reason)
+    return plain_reference(PlainMptForCausalLM, _build_plain, partial(_attention_modules, inner=layout.inner), reason)
 
 
 def _true_bias(heads: int, length: int, alibi_bias_max: float = 8, device: Any = None) -> Tensor:
@@ -77,8 +79,8 @@ def _true_bias(heads: int, length: int, alibi_bias_max: float = 8, device: Any =
     return true_slopes(heads, alibi_bias_max, device)[:, None, None] * distance
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    return layer_modules(model, "transformer.blocks", "attn")
+def _attention_modules(model: nn.Module, inner: str = "") -> list[nn.Module]:
+    return layer_modules(model, "transformer.blocks", f"{inner}attn")
 
 
 def _build_native(raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -103,7 +105,14 @@ def _build_native(raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def _build_plain(raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    config = mpt_config(raw)
+    layout = mpt_layout(raw)
+    spec = plain_spec(mpt_config(raw)) | {"fused_qkv": layout.fused_qkv, "fused_norms": bool(layout.inner)}
+    with torch.device("meta"):
+        return PlainMptForCausalLM(spec).to(dtype).eval()
+
+
+def plain_spec(config: AlibiConfig) -> dict[str, Any]:
+    """What a plain model of MPT's kind is built from."""
     scale = config.attention_scale
     spec = {
         "vocab": config.vocab_size,
@@ -118,11 +127,10 @@ def _build_plain(raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         "bias_max": config.alibi_bias_max,
         "tie": config.tie_word_embeddings,
     }
-    same = "head_dim norm_type norm_eps norm_bias attention_bias mlp_bias qk_norm clip_qkv logit_scale"
-    for name in [*same.split(), "attn_logit_softcapping", "final_logit_softcapping"]:
+    same = "head_dim norm_type norm_eps norm_bias attention_bias attention_out_bias mlp_bias qk_norm clip_qkv"
+    for name in [*same.split(), "logit_scale", "attn_logit_softcapping", "final_logit_softcapping"]:
         spec[name] = getattr(config, name)
-    with torch.device("meta"):
-        return PlainMptForCausalLM(spec).to(dtype).eval()
+    return spec
 
 
-__all__ = ["ignored_fields", "mpt_reference"]
+__all__ = ["ignored_fields", "mpt_reference", "plain_spec"]

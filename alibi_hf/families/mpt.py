@@ -2,8 +2,9 @@
 
 * One model_type, two dialects whose defaults differ: llm-foundry's remote code (`MPTForCausalLM`; no ALiBi and biases
   unless told otherwise) and Transformers' class (`MptForCausalLM`; ALiBi and no biases).
-* Fused rows are contiguous `[q; k; v]`, with fewer key/value rows for grouped or single key/value heads; queries, keys
-  and values are clamped before the query/key norm.
+* Fused rows are contiguous `[q; k; v]`, with fewer key/value rows for grouped or single key/value heads; llm-foundry
+  can keep them apart (`fused_qkv: false`) and put norms and attention into a module of their own
+  (`fuse_norm_attn_norm`). Queries, keys and values are clamped before the query/key norm.
 * Transformers' class ignores many of these fields; a checkpoint that uses one is compared with a plain module written
   after llm-foundry's formulas instead.
 
@@ -11,11 +12,14 @@ Sources: `transformers.models.mpt`; llm-foundry, `llmfoundry/models/mpt` and `ll
 """
 
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from alibi_hf.checkpoints.rules import Rule, Split
-from alibi_hf.families._layout import has_tensor, head_rules, head_sizes, named, parameter_rules
+from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.families._layout import has_tensor, named
 from alibi_hf.families._mpt_config import FIELDS, mpt_config
+from alibi_hf.families._mpt_layout import USUAL, mpt_layout, mpt_rules
 from alibi_hf.families._mpt_reference import mpt_reference
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -31,9 +35,8 @@ NAMES = (
 )
 ROUNDINGS = ("exact",)
 REFERENCE = "transformers.MptForCausalLM"
-PREFIX = "transformer."
 
-__all__ = ["FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
+__all__ = ["FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules", "variant"]
 
 
 def recognise(raw: dict[str, Any], tensor_names: Sequence[str]) -> bool:
@@ -49,32 +52,27 @@ def config(raw: dict[str, Any]) -> AlibiConfig:
 
 
 def rules(config: AlibiConfig) -> list[Rule]:
-    """Every tensor of an MPT checkpoint and what becomes of it."""
-    layer, ours = "blocks.{i}.", "model.layers.{i}."
-    projections = [f"{ours}self_attn.{name}_proj" for name in "qkv"]
-    heads, kv_heads, head_dim = head_sizes(config)
-    rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    norm = config.norm_type == "layer_norm" and config.norm_bias
-    modules = [
-        ("wte", "model.embed_tokens", False),
-        ("norm_f", "model.norm", norm),
-        (f"{layer}norm_1", f"{ours}input_layernorm", norm),
-        (f"{layer}norm_2", f"{ours}post_attention_layernorm", norm),
-        (f"{layer}attn.out_proj", f"{ours}self_attn.o_proj", config.attention_out_bias),
-        (f"{layer}ffn.up_proj", f"{ours}mlp.up_proj", config.mlp_bias),
-        (f"{layer}ffn.down_proj", f"{ours}mlp.down_proj", config.mlp_bias),
-    ]
-    if config.mlp_type == "gated":
-        modules.append((f"{layer}ffn.gate_proj", f"{ours}mlp.gate_proj", config.mlp_bias))
-    if config.qk_norm is not None:
-        modules += [(f"{layer}attn.{part}_ln", f"{ours}self_attn.{part}_norm", norm) for part in "qk"]
-    found = [rule for names in modules for rule in parameter_rules(*names[:2], bias=names[2], prefix=PREFIX)]
-    found += parameter_rules(
-        f"{layer}attn.Wqkv", projections, bias=config.attention_bias, operation=Split(rows), prefix=PREFIX
-    )
-    return found + head_rules(config, "wte.weight")
+    """Every tensor of an MPT checkpoint in the usual layout and what becomes of it."""
+    return mpt_rules(config)
 
 
 def reference(config: AlibiConfig) -> Reference:
     """`MptForCausalLM` where it computes this config, else the plain llm-foundry module."""
     return mpt_reference(config)
+
+
+def variant(raw: dict[str, Any]) -> Any:
+    """The family with the rules and the reference of the layout that config.json asks for; None for the usual one."""
+    layout = mpt_layout(raw)
+    if layout == USUAL:
+        return None
+    return SimpleNamespace(
+        NAMES=NAMES,
+        FIELDS=FIELDS,
+        ROUNDINGS=ROUNDINGS,
+        REFERENCE=REFERENCE,
+        recognise=recognise,
+        config=config,
+        rules=partial(mpt_rules, layout=layout),
+        reference=partial(mpt_reference, layout=layout),
+    )

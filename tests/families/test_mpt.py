@@ -11,6 +11,7 @@ from tests.builders import distance, ids, mpt
 from tests.families.test_fields import MINIMAL, mapped
 
 FOUNDRY = {"architectures": ["MPTForCausalLM"]}
+QK_LN = {"attn_config": {"alibi": True, "qk_ln": True}}
 
 
 def attention(**fields):
@@ -51,8 +52,12 @@ def test_every_other_field_maps():
     assert mapped("mpt", max_seq_len=65536).max_position_embeddings == 65536
     gated = mapped("mpt", ffn_config={"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 40})
     assert (gated.mlp_type, gated.hidden_act, gated.intermediate_size) == ("gated", "silu", 40)
+    keys = mapped("mpt", no_bias=True, attention_bias=True)
+    assert keys.attention_bias and not keys.attention_out_bias and not keys.mlp_bias and not keys.norm_bias
+    wide = mapped("mpt", head_dim=12)
+    assert wide.head_dim == 12 and wide.attention_scale == pytest.approx(8**-0.5)  # llm-foundry's default
     biased = mapped("mpt", no_bias=False, attention_bias=False)
-    assert biased.mlp_bias and not biased.attention_bias and not biased.attention_out_bias
+    assert biased.mlp_bias and not biased.attention_bias and biased.attention_out_bias
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,14 @@ def test_every_other_field_maps():
         ({"rope": True}, r"rope=True"),
         ({"prefix_lm": True}, r"prefix_lm=True"),
         ({"sliding_window_size": 512}, r"sliding_window_size=512"),
-        ({"fused_qkv": False}, r"fused_qkv=False"),
+        ({"nope": True}, r"nope=True"),
+        ({"kv_dim": 24}, r"kv_dim=24"),
+        ({"reuse_kv_layer_idx": -1}, r"reuse_kv_layer_idx=-1 .*trust_remote_code"),
+        ({"reuse_kv_x_layer_idx": -1}, r"reuse_kv_x_layer_idx=-1"),
+        (
+            {"attn_temperature_tuning": {"floor_scale": 8192, "attn_scale": 0.1}},
+            r"attn_temperature_tuning=.*0\.1.*only",
+        ),
         ({"attn_type": "linear"}, r"attn_type='linear'"),
         ({"attn_type": "grouped_query_attention"}, r"needs kv_n_heads"),
         ({"attn_type": "grouped_query_attention", "kv_n_heads": 4}, r"6 cannot be shared out among 4"),
@@ -86,6 +98,9 @@ def test_attention_fields_that_cannot_be_expressed_stop(fields, message):
         ({"ffn_config": {"ffn_type": "mb_moe"}}, r"ffn_type='mb_moe'"),
         ({"ffn_config": {"ffn_act_fn": {"name": "mish"}}}, r"mish"),
         ({"block_overrides": {"order": []}}, r"block_overrides="),
+        ({"n_heads": 7, "head_dim": 8}, r"width of 48 .* 7 heads"),
+        ({"norm_type": "rmsnorm", **QK_LN}, r"qk_ln=True is a layer_norm with eps=1e-05 .*norm_type='rmsnorm'"),
+        ({"norm_eps": 1e-6, **QK_LN}, r"eps=1e-05 .*norm_eps=1e-06"),
     ],
 )
 def test_other_fields_that_cannot_be_expressed_stop(fields, message):

@@ -1,7 +1,6 @@
 """Reading the values of a weight file, and noticing that the file is no longer the one that was opened."""
 
 import hashlib
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def require_same(path: Path, before: FileState) -> None:
 
 def _header_sha256(path: Path) -> str:
     with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
+        length = int.from_bytes(file.read(8), "little")
         return hashlib.sha256(file.read(min(length, MAX_HEADER))).hexdigest()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ import alibi_hf
 from alibi_hf import AlibiError, ConfigFieldError, NotProvedError
 from alibi_hf.checkpoints.companions import mark_verified
 from alibi_hf.display import Report, render
-from alibi_hf.verification.proof import PARTS
+from alibi_hf.verification.report import LAYERWISE, PARTS, is_enough
 
 app = typer.Typer(
     name="alibi-hf",
@@ -38,6 +38,9 @@ Output = Annotated[Path, typer.Argument(help="The converted folder.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Device = Annotated[str, typer.Option(help="Where verification computes, such as cpu or cuda:0.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files too, with weights_only=True.")]
+Layerwise = Annotated[
+    bool, typer.Option("--layerwise", help="Prove layer by layer: one layer in memory, whatever the model's size.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
@@ -68,6 +71,7 @@ def convert(
     ] = "exact",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
     verify: Annotated[bool, typer.Option(help="Prove parity afterwards.")] = True,
+    layerwise: Layerwise = False,
     allow_pickle: AllowPickle = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
     device: Device = "cpu",
@@ -84,6 +88,7 @@ def convert(
             revision=revision,
             overwrite=overwrite,
             verify=verify,
+            layerwise=layerwise,
             allow_pickle=allow_pickle,
             allow_nonfinite=allow_nonfinite,
             alibi_rounding=rounding,
@@ -103,7 +108,8 @@ def verify(
     revision: Revision = None,
     lengths: Annotated[str | None, typer.Option(help="Lengths in tokens, such as 256,1024.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file to read instead of the one shipped.")] = None,
-    only: Annotated[str, typer.Option(help="Parts to check; only all three can prove.")] = "bias,tensors,model",
+    only: Annotated[str | None, typer.Option(help=f"Parts to check, of {','.join(PARTS)}; default: all.")] = None,
+    layerwise: Layerwise = False,
     device: Device = "cpu",
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
@@ -111,10 +117,10 @@ def verify(
 ) -> None:
     """Compare OUTPUT with the upstream class on SOURCE, write verification.json and .md into OUTPUT.
 
-    With --only, just those parts are checked and shown; nothing is written.
+    With --only, just those parts are checked and shown; nothing is written unless they are enough to prove it.
     """
-    parts = [part.strip() for part in only.split(",")]
     with _errors(), _progress(quiet or as_json) as progress:
+        parts = _parts(only, layerwise)
         report = alibi_hf.verify(
             source,
             output,
@@ -126,7 +132,7 @@ def verify(
             progress=progress,
             only=parts,
         )
-        partial = bool(set(PARTS) - set(parts))
+        partial = not is_enough(parts)
         if not partial:  # a part of the proof must not take the place of a whole one
             report.save(output)
             mark_verified(output, report.proved)
@@ -159,6 +165,14 @@ def _lengths(text: str | None) -> list[int] | None:
     if not all(part.strip().isdecimal() and int(part) > 1 for part in parts):
         raise ConfigFieldError(f"--lengths {text} is no list of lengths above 1; write it like 256,1024.")
     return [int(part) for part in parts]
+
+
+def _parts(only: str | None, layerwise: bool) -> Sequence[str]:
+    if only is None:
+        return LAYERWISE if layerwise else PARTS
+    if layerwise:
+        raise ConfigFieldError(f"--layerwise is --only {','.join(LAYERWISE)}, and --only {only} is given; give one.")
+    return [part.strip() for part in only.split(",")]
 
 
 def _text(path: Path | None) -> str | None:

@@ -31,6 +31,7 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    layerwise: bool = False,
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
     alibi_rounding: str = "exact",
@@ -48,6 +49,7 @@ def convert(
         revision: branch, tag or commit of a Hub id.
         overwrite: replace what is in `output`.
         verify: run `alibi_hf.verify` afterwards; the folder stays either way, marked.
+        layerwise: verify layer by layer, which holds one layer in memory.
         allow_pickle: read `pytorch_model*.bin` where there are no safetensors.
         allow_nonfinite: take NaN and Inf weights as they are.
         alibi_rounding: "exact", or the family's own rounding where it has one.
@@ -76,7 +78,7 @@ def convert(
         write_config(checkpoint, folder, str(target or checkpoint.dtype).removeprefix("torch."))
     if verify:
         options = {"revision": revision, "allow_pickle": allow_pickle, "device": device, "progress": progress}
-        _verify(checkpoint, conversion, source, options)
+        _verify(checkpoint, conversion, source, layerwise, options)
     return conversion
 
 
@@ -159,11 +161,13 @@ def _cast(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:
     return cast
 
 
-def _verify(checkpoint: Checkpoint, conversion: Conversion, source: str | Path, options: dict[str, Any]) -> None:
-    from alibi_hf.verification import verify
+def _verify(
+    checkpoint: Checkpoint, conversion: Conversion, source: str | Path, layerwise: bool, options: dict[str, Any]
+) -> None:
+    from alibi_hf.verification import LAYERWISE, PARTS, verify
 
     out = conversion.output_path
-    result = verify(source, out, **options)
+    result = verify(source, out, only=LAYERWISE if layerwise else PARTS, **options)
     result.save(out)
     conversion.verification = result
     conversion.verified = bool(result.proved)

@@ -34,17 +34,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # (index file, single file) of each format, in the order Transformers looks for them.
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-_MAX_HEADER = 100_000_000  # bytes, as safetensors itself limits it
+MAX_HEADER = 100_000_000  # bytes, as safetensors itself limits it
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: its file and what the file says about it."""
+    """One tensor of a checkpoint: its file and what the file says about it; `start` is its first byte there."""
 
     name: str
     shard: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int = 0
 
     @property
     def bytes(self) -> int:
@@ -157,8 +158,14 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: {name} is stored as {entry['dtype']}, which is not read; expected one of "
                 f"{', '.join(DTYPES)}. Use the unquantised checkpoint."
             )
-        tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype)
-        end = max(end, entry["data_offsets"][1])
+        first, last = entry["data_offsets"]
+        tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype, start + first)
+        if last - first != tensors[name].bytes:
+            raise CheckpointFileError(
+                f"{path}: {name} has {tensors[name].bytes} bytes by its shape {entry['shape']}, {last - first} by its "
+                f"place in the file: the header is damaged; download it again."
+            )
+        end = max(end, last)
     size = path.stat().st_size
     if size != start + end:
         raise CheckpointFileError(
@@ -182,8 +189,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER + 1
-        if length > min(_MAX_HEADER, size - 8):
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER + 1
+        if length > min(MAX_HEADER, size - 8):
             raise CheckpointFileError(f"{path} ({size} bytes) has no whole safetensors header: truncated or damaged.")
         try:
             return json.loads(file.read(length)), 8 + length
@@ -231,6 +238,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "MAX_HEADER",
     "TensorInfo",
     "list_tensors",
     "load_pickle",

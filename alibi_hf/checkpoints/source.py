@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_shapes, head_class, make_plan
+from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
@@ -53,6 +53,7 @@ class Checkpoint:
         family: the family module.
         config: our config.
         groups: the fate of every tensor, in the order of the model.
+        states: size and time of the weight files as they were opened; a file that differs later is refused.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     family: Family
     config: AlibiConfig
     groups: list[Group] = field(repr=False)
+    states: dict[Path, FileState] = field(default_factory=dict, repr=False)
     _pickles: tuple[tuple[Path, ...], list[dict[str, Tensor]]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -101,6 +103,7 @@ class Checkpoint:
         check_rounding(family, config)
         groups = make_plan(family.rules(config), tensors, config.num_hidden_layers)
         opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
+        opened.states = {shard: FileState.of(shard) for shard in opened.shards}
         check_shapes(groups, {name: info.shape for name, info in tensors.items()}, config, need_head)
         return opened
 
@@ -143,18 +146,24 @@ class Checkpoint:
 
         Raises:
             TensorError: if there is no such tensor.
-            CheckpointFileError: if the file cannot be read.
+            CheckpointFileError: if the file cannot be read, or changed since it was opened.
         """
         if name not in self.tensors:
             raise TensorError(f"{self.path} holds no tensor {name}.")
-        shard = self.tensors[name].shard
-        if shard.suffix != ".safetensors":
-            return self._from_pickles(self.tensors[name])
-        try:
-            with safe_open(shard, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointFileError(f"{name} cannot be read from {shard}: {error}.") from error
+        info = self.tensors[name]
+        streamed = info.shard.suffix == ".safetensors"
+        tensor = read_tensor(info) if streamed else self._from_pickles(info)
+        for file in info.files:
+            require_same(file, self.states[file])
+        return tensor
+
+    def get_rows(self, name: str, first: int, count: int) -> Tensor:
+        """`count` rows of a tensor from row `first` on, [count, ...]; of a safetensors file only these are read."""
+        info = self.tensors[name]
+        if info.shard.suffix != ".safetensors":
+            return self.get(name)[first : first + count]
+        require_same(info.shard, self.states[info.shard])
+        return read_tensor(info, first, count)
 
     def _from_pickles(self, info: TensorInfo) -> Tensor:
         if self._pickles is None or self._pickles[0] != info.files:

@@ -2,6 +2,6 @@
 
 from alibi_hf.verification.memory import NotEnoughMemoryError
 from alibi_hf.verification.proof import verify
-from alibi_hf.verification.report import Check, Control, Verification
+from alibi_hf.verification.report import LAYERWISE, PARTS, Check, Control, Verification
 
-__all__ = ["Check", "Control", "NotEnoughMemoryError", "Verification", "verify"]
+__all__ = ["LAYERWISE", "PARTS", "Check", "Control", "NotEnoughMemoryError", "Verification", "verify"]

@@ -16,6 +16,7 @@ from alibi_hf.verification.report import Control
 from alibi_hf.verification.subjects import load_ours, read_config
 
 WRONG_SLOPE = 1.05
+WRONG_SLOPES = "slope of one head times {}"
 
 
 def wrong_slopes(config: AlibiConfig) -> list[float]:
@@ -25,8 +26,8 @@ def wrong_slopes(config: AlibiConfig) -> list[float]:
 
 
 @torch.no_grad()
-def swap_key_heads(model: AlibiForCausalLM) -> str:
-    """Swap the first two key heads of the first layer, in place, and return what was done in words.
+def swap_key_heads(model: Any) -> str:
+    """Swap the first two key heads of our model's first layer, in place, and return what was done in words.
 
     Where there is one key head only, its two halves are swapped.
     """
@@ -37,6 +38,13 @@ def swap_key_heads(model: AlibiForCausalLM) -> str:
         if tensor is not None:
             tensor[: 2 * rows] = torch.cat([tensor[rows : 2 * rows], tensor[:rows]])
     return "two heads of K swapped" if config.num_key_value_heads > 1 else "the halves of the one head of K swapped"
+
+
+def hold(name: str, check: str, error: Difference, upstream: Difference, size: float) -> Control:
+    """Return the control that holds a wrong conversion's `error` against the float32 gate; see `judge`."""
+    judgement = judge(GATES[torch.float32], error, upstream, size)
+    check = f"{check}, {judgement.metric}"
+    return Control(name, check, judgement.ours, judgement.limit, caught=not judgement.passed)
 
 
 def run_controls(
@@ -56,13 +64,11 @@ def run_controls(
 
     def control(name: str, model: AlibiForCausalLM) -> Control:
         error = compare_logits(run_row(model, ids, positions), truth)
-        judgement = judge(GATES[torch.float32], error, upstream, float(truth.abs().max()))
-        check = f"logits, float32, {ids.shape[1]} tokens, {judgement.metric}"
-        return Control(name, check, judgement.ours, judgement.limit, caught=not judgement.passed)
+        return hold(name, f"logits, float32, {ids.shape[1]} tokens", error, upstream, float(truth.abs().max()))
 
     slopes = wrong_slopes(read_config(output))
     model = load_ours(output, torch.float32, device, alibi_rounding="exact", alibi_slopes=slopes)
-    controls = [control(f"slope of one head times {WRONG_SLOPE}", model)]
+    controls = [control(WRONG_SLOPES.format(WRONG_SLOPE), model)]
     del model
     model = load_ours(output, torch.float32, device, alibi_rounding="exact")
     return [*controls, control(swap_key_heads(model), model)]

@@ -114,6 +114,18 @@ def compare_logits(logits: torch.Tensor, truth: torch.Tensor) -> Difference:
     return Difference(largest, float(square.mean().sqrt()), typical, divergence / positions, agreed / positions)
 
 
+def compare_states(states: torch.Tensor, truth: torch.Tensor) -> Difference:
+    """Compare hidden states [..., hidden] with float64 truth of the same shape, the median being over positions.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _same_shape(states, truth)
+    error = (states.double() - truth.double()).abs().flatten(0, -2)
+    square = error.square().mean(-1)
+    return Difference(float(error.max()), float(square.mean().sqrt()), float(square.median().sqrt()))
+
+
 def compare_values(values: torch.Tensor, truth: torch.Tensor) -> Difference:
     """Compare plain numbers (a loss, one gradient) with float64 truth of the same shape.
 

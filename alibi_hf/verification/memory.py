@@ -48,9 +48,7 @@ def estimate_memory(
         training: (rows, length) of what is run with gradients; attention is kept for every layer.
         kept: number of positions whose float64 logits are kept.
     """
-    scores = 8 * config.num_attention_heads
-    hidden = 8 * (3 * int(config.intermediate_size or 0) + 8 * config.hidden_size)
-    logits = 8 * config.vocab_size
+    scores, hidden, logits = _per_token(config)
     forward = max(rows * (5 * scores * length**2 + (hidden + 3 * logits) * length) for rows, length in batches)
     rows, length = training
     backward = config.num_hidden_layers * rows * (3 * scores * length**2 + hidden * length) + 3 * logits * rows * length
@@ -60,6 +58,34 @@ def estimate_memory(
         activations=max(forward, backward),
         results=logits * kept,
     )
+
+
+def estimate_layer_memory(
+    config: AlibiConfig, parameters: int, largest: int, batches: Sequence[tuple[int, int]], logits: int
+) -> Estimate:
+    """Estimate the peak of going layer by layer: one layer in float64, and the states between two layers.
+
+    Args:
+        config: sizes of the model.
+        parameters: number of parameters of a layer.
+        largest: bytes of the largest tensor in the file; it is there twice while it is compared or cast.
+        batches: (rows, length) of what is run.
+        logits: number of logits that are compared.
+    """
+    scores, hidden, _ = _per_token(config)
+    tokens = sum(rows * length for rows, length in batches)
+    return Estimate(
+        weights=max(8 * parameters + largest, 3 * largest),
+        gradients=0,
+        activations=max(rows * (5 * scores * length**2 + hidden * length) for rows, length in batches),
+        results=4 * 8 * max(config.hidden_size * tokens, logits),
+    )
+
+
+def _per_token(config: AlibiConfig) -> tuple[int, int, int]:
+    """Return the float64 bytes of a query's scores for one key, of a layer's states, and of a position's logits."""
+    states = 3 * int(config.intermediate_size or 0) + 8 * config.hidden_size
+    return 8 * config.num_attention_heads, 8 * states, 8 * config.vocab_size
 
 
 def available_memory(device: str = "cpu") -> int:
@@ -86,7 +112,7 @@ def require_memory(estimate: Estimate, available: int, device: str = "cpu") -> N
     """Refuse to start what would not fit.
 
     Raises:
-        NotEnoughMemoryError: with the need, what is available, and what can be checked all the same.
+        NotEnoughMemoryError: with the need, what is available, and what to do.
     """
     if estimate.total <= available:
         return
@@ -94,8 +120,8 @@ def require_memory(estimate: Estimate, available: int, device: str = "cpu") -> N
         f"Verifying this model needs about {estimate.total / GIB:.1f} GiB on {device} (float64 weights "
         f"{estimate.weights / GIB:.1f}, gradients {estimate.gradients / GIB:.1f}, activations "
         f"{estimate.activations / GIB:.1f}, kept results {estimate.results / GIB:.1f}); {available / GIB:.1f} GiB are "
-        f"available. Give shorter lengths or use a larger machine. The bias and the tensors can still be checked here: "
-        f"--only bias,tensors (only=('bias', 'tensors'))."
+        f"available. Give shorter lengths, use a larger machine, or prove one layer at a time: --layerwise "
+        f"(only=('bias', 'tensors', 'layers'))."
     )
 
 

@@ -17,13 +17,19 @@ from alibi_hf.families._reference import Reference
 from alibi_hf.verification.bias import BiasProbe, check_bias
 from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
-from alibi_hf.verification.memory import available_memory, check_device, estimate_memory, require_memory
-from alibi_hf.verification.report import Verification
+from alibi_hf.verification.layerwise import LOGITS, LayerRunner, layer_rows, steps_of
+from alibi_hf.verification.memory import (
+    available_memory,
+    check_device,
+    estimate_layer_memory,
+    estimate_memory,
+    require_memory,
+)
+from alibi_hf.verification.report import PARTS, Verification, is_enough
 from alibi_hf.verification.subjects import longer_fields, quiet, read_config
 from alibi_hf.verification.tensors import check_tensors, stored_dtype
 from alibi_hf.verification.text import make_tokens
 
-PARTS = ("bias", "tensors", "model")
 LONGEST_BIAS = 12288  # capturing it costs upstream's causal mask, one number a pair of tokens
 
 
@@ -49,10 +55,11 @@ def verify(
         device: where the models run.
         progress: called before each step with what comes, steps done and steps in all.
         allow_pickle: open a source that has pickles only.
-        only: a choice of "bias", "tensors" and "model"; a verdict of "proved" needs all three.
+        only: a choice of "bias", "tensors", "layers" and "model"; "proved" needs the first two, and one of the others:
+            without "model", one layer is in memory at a time.
 
     Raises:
-        NotEnoughMemoryError: if the model is too big for float64 on `device`.
+        NotEnoughMemoryError: if the model, or without "model" one layer, is too big for float64 on `device`.
         AlibiError: if source or output cannot be read.
     """
     started = time.monotonic()
@@ -65,11 +72,11 @@ def verify(
     reference = checkpoint.family.reference(checkpoint.config)
     tokens = make_tokens(checkpoint.path, config.vocab_size, text)
     inputs = make_inputs(tokens, checkpoint.config, lengths, device)
-    if "model" in only:
-        _require_memory(checkpoint, inputs, device)
+    rows = layer_rows(inputs.rows, config.num_attention_heads, asked=lengths is not None)
+    _require_memory(checkpoint, inputs, rows, only, device)
     runner = Runner(checkpoint, folder, reference, inputs, stored_dtype(folder), device, progress)
     with quiet():
-        _run(runner, only)
+        _run(runner, rows, only)
     return Verification(
         source=checkpoint.source,
         output=str(output),
@@ -80,26 +87,33 @@ def verify(
         negative_controls=runner.controls,
         versions=_versions(),
         seconds=time.monotonic() - started,
-        notes=_notes(checkpoint, reference, inputs, lengths, only),
+        notes=_notes(checkpoint, reference, inputs, lengths, only) + _layer_notes(inputs, rows, only),
+        parts=tuple(part for part in PARTS if part in only),
     )
 
 
-def _run(runner: Runner, only: Sequence[str]) -> None:
-    """Run the parts asked for; results gather in the runner."""
+def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
+    """Run the parts asked for, the layers on `rows`; results gather in the runner."""
     checkpoint, reference = runner.checkpoint, runner.reference
     trained = checkpoint.config.max_position_embeddings
     longest = max(runner.inputs.rows[-1].shape[1], min(trained + trained // 4, LONGEST_BIAS))
     probe = BiasProbe(checkpoint, read_config(runner.output), reference, longest)
-    comparisons = _comparisons(checkpoint, reference, probe.rounds()) if "model" in only else []
-    runner.steps = len(set(only) - {"model"}) + sum(comparison.steps for comparison in comparisons)
+    comparisons = _comparisons(checkpoint, reference, probe.rounds())
+    runner.steps = len({"bias", "tensors"} & set(only))
+    runner.steps += sum(comparison.steps for comparison in comparisons) if "model" in only else 0
+    runner.steps += steps_of(checkpoint.config) * len(comparisons) if "layers" in only else 0
     if "tensors" in only:
         runner.say("tensors")
         runner.checks.append(check_tensors(checkpoint, runner.output))
     if "bias" in only:
         runner.say("bias")
         runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
-    for comparison in comparisons:
-        runner.run(comparison)
+    if "layers" in only:
+        for comparison in comparisons:
+            LayerRunner(runner, comparison, rows).run()
+    if "model" in only:
+        for comparison in comparisons:
+            runner.run(comparison)
     runner.say("done")
 
 
@@ -120,12 +134,24 @@ def _comparisons(checkpoint: Checkpoint, reference: Reference, rounds: bool) -> 
     ]
 
 
-def _require_memory(checkpoint: Checkpoint, inputs: Inputs, device: str) -> None:
+def _require_memory(
+    checkpoint: Checkpoint, inputs: Inputs, rows: list[torch.Tensor], only: Sequence[str], device: str
+) -> None:
     config = checkpoint.config
-    rows, length = inputs.training.shape
-    kept = inputs.kept(config.vocab_size)
-    estimate = estimate_memory(config, checkpoint.parameters, inputs.batches, (rows, length), kept)
-    require_memory(estimate, available_memory(device), device)
+    if "model" in only:
+        training = (len(inputs.training), inputs.training.shape[1])
+        kept = inputs.kept(config.vocab_size)
+        needed = estimate_memory(config, checkpoint.parameters, inputs.batches, training, kept)
+    elif "layers" in only:
+        used = [group for group in checkpoint.groups if group.fate == "used" and group.rule.per_layer]
+        layer = [checkpoint.tensors[group.source] for group in used if group.layer == 0]
+        parameters = sum(info.bytes // info.dtype.itemsize for info in layer)
+        largest = max(info.bytes for info in checkpoint.tensors.values())
+        batches = [(len(row), row.shape[1]) for row in rows]
+        needed = estimate_layer_memory(config, parameters, largest, batches, LOGITS)
+    else:
+        return
+    require_memory(needed, available_memory(device), device)
 
 
 def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stored: torch.dtype) -> dict[str, str]:
@@ -158,8 +184,22 @@ def _notes(
         notes.append(f"nothing beyond the training length of {trained} tokens was run ({chosen}); give lengths= for it")
     if not reference.has_cache:
         notes.append("the reference has no cache: upstream's decoding and generation are its whole rows")
-    if missing := set(PARTS) - set(only):
-        notes.append(f"not checked: {', '.join(sorted(missing))}; without it nothing is proved")
+    if not is_enough(only):
+        missing = ", ".join(sorted(set(PARTS) - set(only)))
+        notes.append(f"not checked: {missing}; without bias, tensors, and layers or model nothing is proved")
+    return notes
+
+
+def _layer_notes(inputs: Inputs, rows: list[torch.Tensor], only: Sequence[str]) -> list[str]:
+    notes = []
+    longest, cut = inputs.rows[-1].shape[1], max(row.shape[1] for row in rows)
+    if "layers" in only and cut < longest:
+        notes.append(f"layers were run on rows of {cut} tokens at most, to bound memory; give lengths= for longer ones")
+    if "layers" in only and "model" not in only:
+        notes.append(
+            "layer by layer: every layer was given the same states as upstream's; the model as a whole, its cache, "
+            "padded batches, gradients and generation were not run (the bias was, padded and past the training length)"
+        )
     return notes
 
 

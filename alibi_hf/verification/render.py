@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -29,7 +30,7 @@ def as_table(report: Verification) -> Table:
     table.box, table.pad_edge = box.SIMPLE_HEAD, False
     for column in ON_TERMINAL:
         table.add_column(COLUMNS[column], justify="left" if COLUMNS[column] in ("check", "dtype", "") else "right")
-    checks = [(check_cells(check), check.passed) for check in report.checks]
+    checks = [(check_cells(check), check.passed) for check in telling(report.checks)]
     controls = [(control_cells(control), control.caught) for control in report.negative_controls]
     for cells, passed in checks + controls:
         cells[1] = DTYPES.get(cells[1], cells[1])
@@ -37,12 +38,27 @@ def as_table(report: Verification) -> Table:
     return table
 
 
+def telling(checks: Sequence[Check]) -> list[Check]:
+    """Return the checks that a terminal shows: of those of single layers what failed, and the nearest to its limit."""
+    nearest: dict[tuple[str, str, int], Check] = {}
+    for check in checks:
+        key = (check.name, check.dtype, check.length)
+        if check.layer is not None and (key not in nearest or _share_of_limit(check) > _share_of_limit(nearest[key])):
+            nearest[key] = check
+    shown = {id(check) for check in nearest.values()}
+    return [check for check in checks if check.layer is None or not check.passed or id(check) in shown]
+
+
+def _share_of_limit(check: Check) -> float:
+    return check.ours / check.limit if check.ours and check.limit else 0.0
+
+
 def check_cells(check: Check) -> list[str]:
     """Return the cells of one check, in the order of `COLUMNS`."""
     ours = check.detail.get("ours", {})
     mark = "shown" if check.passed and check.limit is None else "ok" if check.passed else "FAILED"
     return [
-        check.name,
+        check.name if check.layer is None else f"{check.name} [{check.layer}]",
         check.dtype,
         str(check.length) if check.length else "",
         number(check.ours),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from rich.table import Table
 from alibi_hf.verification.render import as_markdown, as_table
 
 SCHEMA_VERSION = 1
+PARTS = ("bias", "tensors", "layers", "model")
+LAYERWISE = ("bias", "tensors", "layers")  # what proves a model too large to be run whole
+
+
+def is_enough(parts: Collection[str]) -> bool:
+    """True if `parts`, a choice of `PARTS`, can prove: bias, tensors, and the model whole or layer by layer."""
+    return {"bias", "tensors"} <= set(parts) and bool({"layers", "model"} & set(parts))
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Check:
         metric: "max" or "rms", the figure that is gated; "differ" counts what is not equal.
         detail: all figures, by "ours" and "upstream": max, rms, kl (nats), argmax (share of positions that agree).
         note: what a reader has to know.
+        layer: the layer that was compared by itself, from 0; None where it is not one layer.
     """
 
     name: str
@@ -46,6 +55,7 @@ class Check:
     metric: str = "max"
     detail: dict[str, dict[str, float | None]] = field(default_factory=dict)
     note: str = ""
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,10 @@ class Control:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`: proved if every check passed and every wrong conversion was caught."""
+    """The result of `verify`: proved if every check passed and every wrong conversion was caught.
+
+    `parts` says what was checked.
+    """
 
     source: str
     output: str
@@ -73,12 +86,15 @@ class Verification:
     versions: dict[str, str]
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    parts: tuple[str, ...] = PARTS
 
     @property
     def proved(self) -> bool:
-        """True if there are checks and controls and all of them came out as they must."""
+        """True if enough was checked, with controls, and all of it came out as it must."""
         checks, controls = self.checks, self.negative_controls
-        return bool(checks and controls) and all(c.passed for c in checks) and all(c.caught for c in controls)
+        if not (checks and controls and is_enough(self.parts)):
+            return False
+        return all(c.passed for c in checks) and all(c.caught for c in controls)
 
     @property
     def verdict(self) -> str:

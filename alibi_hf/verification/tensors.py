@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from alibi_hf.checkpoints.shards import TensorInfo, list_tensors
+from alibi_hf.checkpoints.reading import read_tensor
+from alibi_hf.checkpoints.shards import list_tensors
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification.report import Check
 
@@ -29,7 +29,7 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
         if any(name not in held for name in group.targets):
             wrong.append(f"{group.source} (missing)")
             continue
-        ours = group.rule.inverse([_read(held[name]) for name in group.targets])
+        ours = group.rule.inverse([read_tensor(held[name]) for name in group.targets])
         source = checkpoint.get(group.source)
         cast = cast or source.dtype != ours.dtype
         if not same_bits(source.to(ours.dtype), ours):
@@ -54,8 +54,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _is_tied(checkpoint: Checkpoint, name: str, targets: tuple[str, ...]) -> bool:
     original = next(group for group in checkpoint.groups if group.fate == "used" and group.targets == targets)
     return same_bits(checkpoint.get(name), checkpoint.get(original.source))
-
-
-def _read(info: TensorInfo) -> torch.Tensor:
-    with safe_open(info.shard, framework="pt") as file:
-        return file.get_tensor(info.name)

@@ -196,3 +196,42 @@ def test_only_the_familys_own_rounding_is_taken(tmp_path):
         Checkpoint.open(folder, alibi_rounding="falcon")
     with pytest.raises(ConfigFieldError, match=r"frobnicate"):
         Checkpoint.open(folder, frobnicate=1)
+
+
+def test_some_rows_are_the_rows_of_the_whole(tmp_path):
+    checkpoint = Checkpoint.open(bloom(tmp_path, dtype=torch.bfloat16))
+    name = "transformer.word_embeddings.weight"
+    whole = checkpoint.get(name)
+    for first, count in ((0, 1), (0, 97), (13, 40), (96, 1)):
+        assert torch.equal(checkpoint.get_rows(name, first, count), whole[first : first + count])
+
+
+def test_a_shard_that_changes_while_it_is_read(tmp_path):
+    """Longer, shorter or rewritten in place: a named error with both states, whichever way the values are read."""
+    folder = bloom(tmp_path)
+    path, name = folder / "model.safetensors", "transformer.word_embeddings.weight"
+    whole = path.read_bytes()
+    for changed in (whole + b"\0", whole[:-100], whole[:2000]):
+        path.write_bytes(whole)
+        checkpoint = Checkpoint.open(folder)
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointFileError, match=r"model.safetensors (changed while|ends \d+ bytes)"):
+            checkpoint.get(name)
+        with pytest.raises(CheckpointFileError, match=r"model.safetensors (changed while|ends \d+ bytes)"):
+            checkpoint.get_rows(name, 90, 7)
+    path.write_bytes(whole)
+    checkpoint = Checkpoint.open(folder)
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(CheckpointFileError, match=rf"changed while .*{len(whole)} bytes.* modified at 0\.000000 now"):
+        checkpoint.get(name)
+    path.unlink()
+    with pytest.raises(CheckpointFileError, match=r"cannot be read"):
+        checkpoint.get(name)
+
+
+def test_a_header_whose_shape_and_place_disagree(tmp_path):
+    path = bloom(tmp_path) / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"shape":[97,48]', b'"shape":[97,47]'))
+    with pytest.raises(CheckpointFileError, match=r"18236 bytes by its shape \[97, 47\], 18624 by its place"):
+        Checkpoint.open(tmp_path)

@@ -31,7 +31,7 @@ from alibi_hf.families._refact_plain import PlainRefactForCausalLM
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
-NAMES = ("gpt_refact", "refact", "GPTRefactForCausalLM", "GPTRefactModel")
+NAMES = ("refact", "gpt_refact", "GPTRefactForCausalLM", "GPTRefactModel")
 ROUNDINGS = ("exact",)
 REFERENCE = "alibi_hf.families._refact_plain.PlainRefactForCausalLM"
 PREFIX = "transformer."

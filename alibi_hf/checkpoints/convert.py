@@ -144,8 +144,8 @@ def _write_group(
     tensor = checkpoint.get(group.source)
     if not allow_nonfinite:
         require_finite(group.source, tensor)
-    for name, part in zip(group.targets, group.rule.forward(_cast(group.source, tensor, target)), strict=True):
-        writer.add(name, part)
+    for name, part in zip(group.targets, group.rule.forward(tensor), strict=True):
+        writer.add(name, _cast(group.source, part, target))
 
 
 def _cast(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:

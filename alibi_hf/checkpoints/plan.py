@@ -116,8 +116,10 @@ def check_shapes(
     for group in listed:
         if group.fate == "dropped":
             continue
-        unknown = [target for target in group.targets if target not in expected]
-        _refuse([f"{group.source} (as {target})" for target in unknown], "no part of the model reads")
+        named = {target: f"{group.source} (as {target})" for target in group.targets}
+        _refuse([named[name] for name in named if name not in expected], "no part of the model reads")
+        doubled = filled.intersection(named) if group.fate == "used" else set()
+        _refuse([named[name] for name in sorted(doubled)], "fill what another tensor of the checkpoint fills")
         wanted = tuple(group.rule.inverse([expected[target] for target in group.targets]).shape)
         if shapes[group.source] != wanted:
             raise TensorError(

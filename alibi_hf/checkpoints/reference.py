@@ -35,7 +35,10 @@ def load_reference(
         name = reference_name(group, expected)
         if name not in expected:
             raise TensorError(f"{group.source} has no place in {reference.class_name}.")
-        values[name] = checkpoint.get(group.source).to(device=device, dtype=dtype, copy=True)
+        tensor = checkpoint.get(group.source)
+        if reference.prepare is not None:
+            tensor = reference.prepare(name, tensor)
+        values[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(values, strict=False, assign=True)
     cast(Any, model).tie_weights()
     if left := [name for name, value in model.named_parameters() if value.is_meta]:

@@ -2,7 +2,8 @@
 
 * One rule serves the streaming converter, its inverse, and direct loading through Transformers.
 * Names are patterns: `{i}` stands for the layer; `prefix` may or may not be there in a file.
-* An operation only moves rows about, so that it holds for weights and biases alike and its inverse is exact.
+* An operation only moves rows about, so that it holds for weights and biases alike and its inverse is exact. The one
+  exception is a fold, `Normalised`, which is checked by folding the source again.
 """
 
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 from alibi_hf.errors import TensorError
 
 Fate = Literal["used", "tied", "dropped"]
+_FOLDED_ROWS = 4096  # rows of a fold that are in float64 at a time
 BASE_PREFIX = "model."  # base_model_prefix of the Alibi classes: heads have it, AlibiModel itself does not
 
 
@@ -83,6 +85,32 @@ class Interleaved:
         return torch.cat(by_head, dim=1).reshape(-1, *rest)
 
 
+@dataclass(frozen=True)
+class Normalised:
+    """Rows of length one: what a normalised head (Baichuan2's `NormHead`) computes with, folded into its weight.
+
+    A fold changes values, so there is no way back to the source. `inverse` gives the normalised rows as they are:
+    upstream normalises them once more, which changes nothing beyond rounding.
+    """
+
+    eps: float = 1e-12
+
+    def forward(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """[rows, width] to [rows, width], each row divided by its length (at least `eps`), in the tensor's dtype.
+
+        Computed in float64, some rows at a time: the result is rounded once and is the same on every machine.
+        """
+        if tensor.is_meta:
+            return (tensor,)
+        wide = (rows.to("cpu", torch.float64) for rows in tensor.split(_FOLDED_ROWS))  # some devices have no float64
+        folded = [torch.nn.functional.normalize(rows, dim=1, eps=self.eps).to(tensor.dtype) for rows in wide]
+        return (torch.cat(folded).to(tensor.device),)
+
+    def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[rows, width] to [rows, width], unchanged."""
+        return tensors[0]
+
+
 def _need_rows(tensor: Tensor, rows: int, layout: str) -> None:
     if tensor.shape[0] != rows or rows == 0:
         raise TensorError(f"a tensor of shape {list(tensor.shape)} cannot hold {layout}; {rows} rows would fit.")
@@ -121,6 +149,11 @@ class Rule:
         """Whether there is one such tensor a layer."""
         return "{i}" in self.source
 
+    @property
+    def folded(self) -> bool:
+        """Whether the operation changes values, so that `inverse` does not give the source back."""
+        return isinstance(self.operation, Normalised)
+
     def source_regex(self) -> str:
         """The regular expression of the full source name; its one group, if any, is the layer."""
         optional = "".join(f"(?:{re.escape(start)})?" for start in (self.wrapper, self.prefix) if start)
@@ -146,14 +179,16 @@ class Rule:
         return self.operation.forward(tensor)
 
     def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Our tensors, in the order of `targets`, as the upstream tensor, bit for bit."""
+        """Our tensors, in the order of `targets`, as the upstream tensor: bit for bit, unless `folded`."""
         if len(tensors) != len(self.targets):
             raise TensorError(f"{self.source} is made of {len(self.targets)} tensors, {len(tensors)} were given.")
         return self.operation.inverse(tensors)
 
     def describe(self) -> str:
         """The operation in words, for reports."""
-        return repr(self.operation).removesuffix("()").lower() if self.fate == "used" else self.fate
+        if self.fate != "used":
+            return self.fate
+        return "folded: " * self.folded + repr(self.operation).removesuffix("()").lower()
 
     def to_transformers(self) -> Any:
         """The same rule as a `WeightRenaming` or `WeightConverter` of Transformers; None for dropped tensors.
@@ -165,4 +200,4 @@ class Rule:
         return to_transformers(self)
 
 
-__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Operation", "Rule", "Split"]
+__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Normalised", "Operation", "Rule", "Split"]

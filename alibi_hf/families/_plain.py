@@ -99,6 +99,7 @@ def plain_reference(
     attention_modules: Callable[[nn.Module], list[nn.Module]],
     reason: str,
     bias_layout: Literal["heads", "mask"] = "heads",
+    prepare: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Reference:
     """The `Reference` of a plain model whose attention is given its bias as `position_bias`; see `Reference`."""
     return Reference(
@@ -114,6 +115,7 @@ def plain_reference(
         expressible=False,
         reason=reason,
         has_cache=False,
+        prepare=prepare,
     )
 
 

@@ -33,6 +33,8 @@ class Reference:
         max_length: the longest input the reference takes, None for no limit.
         length_field: the field of upstream's config.json that lifts `max_length` and changes nothing else.
         has_cache: whether the reference decodes with a cache and generates.
+        prepare: `prepare(name, tensor)` gives what upstream makes of a tensor of its files before it computes, in the
+            file's dtype; None where it computes with the files' tensors.
     """
 
     class_name: str
@@ -49,6 +51,7 @@ class Reference:
     max_length: int | None = None
     length_field: str | None = None
     has_cache: bool = True
+    prepare: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
 
 __all__ = ["Reference"]

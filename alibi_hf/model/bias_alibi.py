@@ -57,7 +57,7 @@ def config_slopes(config: Any, device: torch.device | str | None = None) -> torc
     heads = config.num_attention_heads
     if not config.alibi:
         return torch.zeros(heads, dtype=torch.float32, device=device)
-    if config.alibi_rounding != "exact":
+    if config.alibi_rounding in ("bloom", "falcon"):
         slopes = rounded_slopes(heads, device)
         return slopes.bfloat16().float() if config.alibi_rounding == "falcon" else slopes
     exact = config.alibi_slopes if config.alibi_slopes is not None else alibi_slopes(heads, config.alibi_bias_max)
@@ -85,13 +85,13 @@ def rounded_row(config: Any, slopes: torch.Tensor, positions: torch.Tensor, dtyp
 
     Args:
         slopes: float32 `[heads]`, from `config_slopes`.
-        positions: int64 `[batch, keys]`, the position of each key, 0 where masked.
+        positions: int64 `[batch, keys]`, the position of each key, 0 where masked; Baichuan counts every key.
         dtype: the model's dtype, in which upstream stores the bias.
 
     Source: `build_alibi_tensor` of `modeling_bloom.py` and of `modeling_falcon.py`; Falcon multiplies in bfloat16 and
-    then divides by the square root of the head dimension.
+    then divides by the square root of the head dimension. `_gen_alibi_mask` of Baichuan's `modeling_baichuan.py`.
     """
-    if config.alibi_rounding == "bloom":
+    if config.alibi_rounding in ("bloom", "baichuan"):
         return (slopes[:, None] * positions[:, None]).to(dtype)
     return (slopes[:, None].bfloat16() * positions[:, None]).to(dtype) / math.sqrt(config.head_dim)
 

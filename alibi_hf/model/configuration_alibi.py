@@ -67,8 +67,8 @@ class AlibiConfig(PreTrainedConfig):
         alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` divides the slopes by `f`;
             `{"type": "linear", "train_seq_len": n}` by `key length / n` once the key length of the call passes `n`,
             so that, as upstream, decoding changes the slopes with every token.
-        alibi_rounding (`"exact"`, `"bloom"` or `"falcon"`): `"exact"` is ALiBi in float32 on relative distances; the
-            others round slopes and bias bit for bit as Transformers' class of that family does.
+        alibi_rounding (`"exact"`, `"bloom"`, `"falcon"` or `"baichuan"`): `"exact"` is ALiBi in float32 on relative
+            distances; the others round slopes and bias bit for bit as upstream's class of that family does.
         attention_dropout, hidden_dropout, embedding_dropout (`float`): dropout in training.
         attention_window (`bool`, defaults to `True`): leave out, head by head, keys that provably cannot change what
             attention computes, where that is faster. Dense attention without it; the numbers agree.
@@ -131,7 +131,7 @@ class AlibiConfig(PreTrainedConfig):
     alibi_slopes: list | None = None
     alibi_distance: Literal["linear", "sqrt"] = "linear"
     alibi_scaling: dict | None = None
-    alibi_rounding: Literal["exact", "bloom", "falcon"] = "exact"
+    alibi_rounding: Literal["exact", "bloom", "falcon", "baichuan"] = "exact"
     learned_positions: bool = False
     sinusoidal_positions: bool = False
     rope_parameters: dict | None = None

@@ -255,7 +255,7 @@ def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None
     if config.alibi_rounding == "exact" or not config.alibi:
         return
     positions = distances.key_position
-    if positions is None:
+    if positions is None or config.alibi_rounding == "baichuan":  # which knows no padding
         positions = torch.arange(distances.num_keys, device=distances.slopes.device)[None]
     if distances.key_mask is not None:
         positions = positions * distances.key_mask

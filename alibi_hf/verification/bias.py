@@ -147,7 +147,7 @@ def check_bias(probe: BiasProbe, lengths: list[int], family: str) -> list[Check]
     own = probe.rounds()
     for length in lengths:
         checks += [_exact_check(probe, length), _upstream_check(probe, length, gated=not own)]
-    if family in ("bloom", "falcon"):
+    if family in ("bloom", "falcon", "baichuan"):
         checks += [_bits_check(probe, lengths[-1], family, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return checks
 

@@ -1,4 +1,7 @@
-"""Every tensor of the source, made again from the output by inverting the rules, compared bit for bit."""
+"""Every tensor of the source, made again from the output by inverting the rules, compared bit for bit.
+
+A fold has no inverse: there the source is folded again and compared with what the output holds.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
         ours = group.rule.inverse([read_tensor(held[name]) for name in group.targets])
         source = checkpoint.get(group.source)
         cast = cast or source.dtype != ours.dtype
+        if group.rule.folded:
+            (source,) = group.rule.forward(source)
         if not same_bits(source.to(ours.dtype), ours):
             wrong.append(group.source)
     extra = sorted(held.keys() - {name for group in used for name in group.targets})
@@ -39,6 +44,8 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
     tied = [group for group in checkpoint.groups if group.fate == "tied"]
     wrong += [f"{group.source} (not tied)" for group in tied if not _is_tied(checkpoint, group.source, group.targets)]
     count = f"{len(used)} tensors used, {len(tied)} tied, {len(checkpoint.groups) - len(used) - len(tied)} dropped"
+    if folded := sum(group.rule.folded for group in used):
+        count += f", {folded} of the used folded, which was done again from the source"
     note = f"{count}; {'equal after the cast' if cast else 'bit for bit'}" if not wrong else f"differ: {wrong[:5]}"
     dtype = str(next(iter(held.values())).dtype).removeprefix("torch.")
     return Check("tensors", dtype, 0, float(len(wrong)), None, 0.0, not wrong, metric="differ", note=note)

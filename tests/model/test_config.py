@@ -29,7 +29,7 @@ REFUSED = {
     "scaling factor": ({"alibi_scaling": {"type": "linear", "factor": 0.5}}, "alibi_scaling=.*must be"),
     "scaling both": ({"alibi_scaling": {"type": "linear", "factor": 2, "train_seq_len": 9}}, "alibi_scaling=.*must be"),
     "rounding sqrt": ({"alibi_rounding": "bloom", "alibi_distance": "sqrt"}, "cannot be combined"),
-    "rounding": ({"alibi_rounding": "baichuan"}, "baichuan"),
+    "rounding": ({"alibi_rounding": "llama"}, "llama"),
     "norm": ({"norm_type": "batch_norm"}, "batch_norm"),
     "qk norm": ({"qk_norm": "both"}, "both"),
     "activation": ({"hidden_act": "gelu9"}, "gelu9"),

@@ -14,7 +14,7 @@ import transformers
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError
 from alibi_hf.families._reference import Reference
-from alibi_hf.verification.bias import BiasProbe, check_bias
+from alibi_hf.verification.bias import BiasProbe, check_bias, sample_bias
 from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
 from alibi_hf.verification.memory import available_memory, check_device, estimate_memory, require_memory
@@ -81,6 +81,7 @@ def verify(
         versions=_versions(),
         seconds=time.monotonic() - started,
         notes=_notes(checkpoint, reference, inputs, lengths, only),
+        bias=runner.bias,
     )
 
 
@@ -98,6 +99,7 @@ def _run(runner: Runner, only: Sequence[str]) -> None:
     if "bias" in only:
         runner.say("bias")
         runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
+        runner.bias = sample_bias(probe, longest)
     for comparison in comparisons:
         runner.run(comparison)
     runner.say("done")

@@ -55,7 +55,7 @@ class TensorInfo:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `CheckpointFileError` if it is missing or is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise CheckpointFileError(f"{path} does not exist; give a folder with {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -63,6 +63,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object; `ValueError` for a name that is there twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -140,12 +149,23 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
             )
         tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype)
         end = max(end, entry["data_offsets"][1])
-    size = path.stat().st_size
+        _check_extent(tensors[name], *entry["data_offsets"])
+    size, held = path.stat().st_size, sum(info.bytes for info in tensors.values())
     if size != start + end:
         raise CheckpointFileError(
             f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
         )
+    if held != end:
+        raise CheckpointFileError(f"{path}: {held} bytes of tensors overlap or leave gaps in {end}; download it again.")
     return tensors
+
+
+def _check_extent(info: TensorInfo, begin: int, end: int) -> None:
+    if end - begin != info.bytes:
+        raise CheckpointFileError(
+            f"{info.shard}: {info.name} of shape {list(info.shape)} in {str(info.dtype).removeprefix('torch.')} is "
+            f"{info.bytes} bytes, its place in the file {end - begin}; the header is damaged, download it again."
+        )
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
@@ -167,7 +187,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         if length > min(_MAX_HEADER, size - 8):
             raise CheckpointFileError(f"{path} ({size} bytes) has no whole safetensors header: truncated or damaged.")
         try:
-            return json.loads(file.read(length)), 8 + length
+            return json.loads(file.read(length), object_pairs_hook=_once), 8 + length
         except ValueError as error:
             raise CheckpointFileError(f"{path} has a damaged safetensors header: {error}.") from error
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alibi_hf.checkpoints.plan import Group, check_shapes, head_class, make_plan
+from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
@@ -101,6 +101,7 @@ class Checkpoint:
         groups = make_plan(family.rules(config), tensors, config.num_hidden_layers)
         opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
         check_shapes(groups, {name: info.shape for name, info in tensors.items()}, config, need_head)
+        check_dtypes(groups, {name: info.dtype for name, info in tensors.items()})
         return opened
 
     @property

@@ -9,8 +9,10 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -136,7 +138,7 @@ def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) ->
 def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header; checks that the file is as long as the header says."""
     header, start = _safetensors_header(path)
-    tensors, end = {}, 0
+    tensors, extents = {}, [(0, 0)]
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -148,24 +150,29 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
                 f"{', '.join(DTYPES)}. Use the unquantised checkpoint."
             )
         tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype)
-        end = max(end, entry["data_offsets"][1])
-        _check_extent(tensors[name], *entry["data_offsets"])
-    size, held = path.stat().st_size, sum(info.bytes for info in tensors.values())
+        extents.append(_extent(tensors[name], *entry["data_offsets"]))
+    extents.sort()
+    size, end = path.stat().st_size, extents[-1][1]
     if size != start + end:
         raise CheckpointFileError(
             f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
         )
-    if held != end:
-        raise CheckpointFileError(f"{path}: {held} bytes of tensors overlap or leave gaps in {end}; download it again.")
+    for (_, left), (right, _) in pairwise(extents):
+        if left != right:
+            raise CheckpointFileError(
+                f"{path}: one tensor ends at byte {left}, the next begins at {right}; the header is damaged, download "
+                f"it again."
+            )
     return tensors
 
 
-def _check_extent(info: TensorInfo, begin: int, end: int) -> None:
+def _extent(info: TensorInfo, begin: int, end: int) -> tuple[int, int]:
     if end - begin != info.bytes:
         raise CheckpointFileError(
             f"{info.shard}: {info.name} of shape {list(info.shape)} in {str(info.dtype).removeprefix('torch.')} is "
             f"{info.bytes} bytes, its place in the file {end - begin}; the header is damaged, download it again."
         )
+    return begin, end
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
@@ -203,8 +210,11 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if not mmap or "mmap" not in str(error):
                 raise CheckpointFileError(f"{path} cannot be read: {error}.") from error
-        except Exception as error:  # torch raises whatever the unpickler meets
+        except UnpicklingError as error:
             raise UnsafeSourceError(f"{path} holds more than tensors and is not read: {error}") from error
+        except Exception as error:  # torch raises whatever the unpickler meets
+            reason = f"{type(error).__name__} {error}".strip()
+            raise CheckpointFileError(f"{path} cannot be read ({reason}): truncated or damaged.") from error
     if not isinstance(held, dict):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
     return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}

@@ -115,7 +115,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare OUTPUT with the upstream class on SOURCE, write verification.json and .md into OUTPUT.
+    """Compare OUTPUT with the upstream class on SOURCE, write verification.json, .md and .html into OUTPUT.
 
     With --only, just those parts are checked and shown; nothing is written unless they are enough to prove it.
     """

@@ -54,7 +54,7 @@ def test_verify_proves_and_writes_the_report(converted):
     assert status == 0
     assert "proved" in out
     assert json.loads((converted / "verification.json").read_text())["verdict"] == "proved"
-    assert (converted / "verification.md").is_file()
+    assert (converted / "verification.md").is_file() and (converted / "verification.html").is_file()
     assert json.loads((converted / "conversion.json").read_text())["verified"] is True
     assert "**Verified**" in (converted / "README.md").read_text()
 

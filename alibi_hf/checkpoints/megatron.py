@@ -36,7 +36,7 @@ _COLUMNS = re.compile(r"(self_attention\.dense|mlp\.dense_4h_to_h)\.weight$")
 How = Literal["mean", "rows", "columns"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankedTensor(TensorInfo):
     """A tensor that every rank's file has a part of.
 
@@ -132,7 +132,7 @@ def _ranked(number: int, stored: str, paths: list[Path], parts: list[Tensor]) ->
         shapes = [f"{list(part.shape)} {part.dtype}" for part in parts]
         raise CheckpointFileError(f"{stored} of {paths[0].name} and its other ranks do not fit together: {shapes}.")
     shape = [sum(part.shape[dim] for part in parts) if dim == joined else n for dim, n in enumerate(parts[0].shape)]
-    return RankedTensor(name, paths[0], tuple(shape), parts[0].dtype, stored, tuple(paths), how)
+    return RankedTensor(name, paths[0], tuple(shape), parts[0].dtype, stored=stored, parts=tuple(paths), how=how)
 
 
 def _bloom_name(number: int, stored: str, path: Path) -> str:

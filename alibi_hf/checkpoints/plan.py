@@ -95,6 +95,28 @@ def meta_model(config: AlibiConfig, class_name: str = "AlibiForCausalLM") -> nn.
         return getattr(modeling_alibi, class_name)(config)
 
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _sizes(config: AlibiConfig, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The config fields, in our names, that the dimensions which differ come from; empty where none is known."""
+    wrong = [b for a, b in zip(found, wanted, strict=True) if a != b] if len(found) == len(wanted) else []
+    names = [f"{name}={getattr(config, name)}" for name in _SIZES if getattr(config, name) in wrong]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _advice(group: Group, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about a shape; rows of the vocabulary may be padding, which upstream's classes refuse too."""
+    if group.targets[0] in _VOCABULARY and found[1:] == wanted[1:]:
+        rows = "more" if found[0] > wanted[0] else "fewer"
+        return (
+            f"There are {rows} rows than tokens. If the tokenizer gives no id from {min(found[0], wanted[0])} on, set "
+            f"vocab_size to {found[0]}; otherwise weights and config belong to different checkpoints."
+        )
+    return "Weights and config belong to different checkpoints, or a size in config.json is wrong."
+
+
 def check_shapes(
     groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]], config: AlibiConfig, need_head: bool = True
 ) -> None:
@@ -123,12 +145,28 @@ def check_shapes(
         wanted = tuple(group.rule.inverse([expected[target] for target in group.targets]).shape)
         if shapes[group.source] != wanted:
             raise TensorError(
-                f"{group.source} has shape {list(shapes[group.source])}, config.json gives {list(wanted)}; weights and "
-                f"config belong to different checkpoints, or a size in config.json is wrong."
+                f"{group.source} has shape {list(shapes[group.source])}, config.json gives {list(wanted)}"
+                f"{_sizes(config, shapes[group.source], wanted)}. {_advice(group, shapes[group.source], wanted)}"
             )
         filled.update(group.targets)
     absent = {"lm_head.weight"} if config.tie_word_embeddings or not need_head else set()
     _refuse(sorted(expected.keys() - filled - absent), "the model needs and the checkpoint lacks")
 
 
-__all__ = ["Group", "check_shapes", "head_class", "make_plan", "meta_model"]
+def check_dtypes(groups: Iterable[Group], dtypes: Mapping[str, torch.dtype]) -> None:
+    """`TensorError` for weights that are no floating-point numbers, such as those of a quantised checkpoint.
+
+    Args:
+        groups: the plan.
+        dtypes: dtype of each source tensor, by its name in the file.
+    """
+    for group in groups:
+        if group.fate != "dropped" and not dtypes[group.source].is_floating_point:
+            stored = str(dtypes[group.source]).removeprefix("torch.")
+            raise TensorError(
+                f"{group.source} is stored as {stored}; a weight is float64, float32, bfloat16 or float16. Use the "
+                f"unquantised checkpoint."
+            )
+
+
+__all__ = ["Group", "check_dtypes", "check_shapes", "head_class", "make_plan", "meta_model"]

@@ -9,8 +9,10 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -70,7 +72,7 @@ class TensorInfo:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `CheckpointFileError` if it is missing or is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise CheckpointFileError(f"{path} does not exist; give a folder with {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -78,6 +80,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object; `ValueError` for a name that is there twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -147,7 +158,7 @@ def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) ->
 def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header; checks that the file is as long as the header says."""
     header, start = _safetensors_header(path)
-    tensors, end = {}, 0
+    tensors, extents = {}, [(0, 0)]
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -158,20 +169,30 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: {name} is stored as {entry['dtype']}, which is not read; expected one of "
                 f"{', '.join(DTYPES)}. Use the unquantised checkpoint."
             )
-        first, last = entry["data_offsets"]
-        tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype, start + first)
-        if last - first != tensors[name].bytes:
-            raise CheckpointFileError(
-                f"{path}: {name} has {tensors[name].bytes} bytes by its shape {entry['shape']}, {last - first} by its "
-                f"place in the file: the header is damaged; download it again."
-            )
-        end = max(end, last)
-    size = path.stat().st_size
+        tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype, start + entry["data_offsets"][0])
+        extents.append(_extent(tensors[name], *entry["data_offsets"]))
+    extents.sort()
+    size, end = path.stat().st_size, extents[-1][1]
     if size != start + end:
         raise CheckpointFileError(
             f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
         )
+    for (_, left), (right, _) in pairwise(extents):
+        if left != right:
+            raise CheckpointFileError(
+                f"{path}: one tensor ends at byte {left}, the next begins at {right}; the header is damaged, download "
+                f"it again."
+            )
     return tensors
+
+
+def _extent(info: TensorInfo, begin: int, end: int) -> tuple[int, int]:
+    if end - begin != info.bytes:
+        raise CheckpointFileError(
+            f"{info.shard}: {info.name} of shape {list(info.shape)} in {str(info.dtype).removeprefix('torch.')} is "
+            f"{info.bytes} bytes, its place in the file {end - begin}; the header is damaged, download it again."
+        )
+    return begin, end
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
@@ -193,7 +214,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         if length > min(MAX_HEADER, size - 8):
             raise CheckpointFileError(f"{path} ({size} bytes) has no whole safetensors header: truncated or damaged.")
         try:
-            return json.loads(file.read(length)), 8 + length
+            return json.loads(file.read(length), object_pairs_hook=_once), 8 + length
         except ValueError as error:
             raise CheckpointFileError(f"{path} has a damaged safetensors header: {error}.") from error
 
@@ -209,8 +230,11 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if not mmap or "mmap" not in str(error):
                 raise CheckpointFileError(f"{path} cannot be read: {error}.") from error
-        except Exception as error:  # torch raises whatever the unpickler meets
+        except UnpicklingError as error:
             raise UnsafeSourceError(f"{path} holds more than tensors and is not read: {error}") from error
+        except Exception as error:  # torch raises whatever the unpickler meets
+            reason = f"{type(error).__name__} {error}".strip()
+            raise CheckpointFileError(f"{path} cannot be read ({reason}): truncated or damaged.") from error
     if not isinstance(held, dict):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
     return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}

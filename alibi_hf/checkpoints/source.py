@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
-from alibi_hf.checkpoints.plan import Group, check_shapes, head_class, make_plan
+from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
@@ -105,6 +105,7 @@ class Checkpoint:
         opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
         opened.states = {shard: FileState.of(shard) for shard in opened.shards}
         check_shapes(groups, {name: info.shape for name, info in tensors.items()}, config, need_head)
+        check_dtypes(groups, {name: info.dtype for name, info in tensors.items()})
         return opened
 
     @property

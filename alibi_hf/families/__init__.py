@@ -58,17 +58,46 @@ def find_family(raw: dict[str, Any], tensor_names: Sequence[str] = ()) -> Family
     """The family of a checkpoint, by its parsed config.json and its tensor names.
 
     Raises:
-        UnknownFamilyError: with the model_type and architectures found and the families there are.
+        UnknownFamilyError: with the model_type and architectures found, and the families there are or those that
+            config.json and the tensors belong to where they disagree.
     """
+    _refuse_two_families(raw)
     for family in all_families():
         if family.recognise(raw, tensor_names):
             variant: Family | None = getattr(family, "variant", lambda _: None)(raw)
             return variant or family
+    raise UnknownFamilyError(_unknown(raw, tensor_names))
+
+
+def _refuse_two_families(raw: dict[str, Any]) -> None:
+    """`UnknownFamilyError` where model_type and class names belong to different families."""
+    names = [name for name in (raw.get("model_type"), *(raw.get("architectures") or [])) if name]
+    owners = {name: {f.NAMES[0] for f in all_families() if name in f.NAMES} for name in names}
+    known = {name: owner for name, owner in owners.items() if owner}
+    if known and not set.intersection(*known.values()):
+        said = ", ".join(f"{name} is {' or '.join(sorted(owner))}" for name, owner in known.items())
+        raise UnknownFamilyError(
+            f"config.json names two families in model_type={raw.get('model_type')!r} and architectures="
+            f"{raw.get('architectures')!r}: {said}. Correct the one that does not describe the tensors."
+        )
+
+
+def _unknown(raw: dict[str, Any], tensor_names: Sequence[str]) -> str:
+    """Why no family takes this config with these tensors."""
+    found = f"model_type={raw.get('model_type')!r} with architectures={raw.get('architectures')!r}"
+    tensors = f"tensors such as {list(tensor_names)[:3]}"
+    named = [family.NAMES[0] for family in all_families() if family.recognise(raw, ())]
+    if named:
+        fitting = [f.NAMES[0] for f in all_families() if f.recognise({"model_type": f.NAMES[0]}, tensor_names)]
+        theirs = " or ".join(fitting) if fitting else "no known family, or incomplete"
+        return (
+            f"{found} is the family {named[0]}, but {tensors} are of {theirs}. Config and weights belong to different "
+            f"checkpoints, or files are missing."
+        )
+    if raw.get("model_type") == AlibiConfig.model_type:
+        return f"{found} is this package's own layout: it is converted already; load it with from_pretrained."
     known = ", ".join(family.NAMES[0] for family in all_families())
-    raise UnknownFamilyError(
-        f"model_type={raw.get('model_type')!r} with architectures={raw.get('architectures')!r} and tensors such as "
-        f"{list(tensor_names)[:3]} belongs to no known family. Known families: {known}."
-    )
+    return f"{found} and {tensors} belongs to no known family. Known families: {known}."
 
 
 __all__ = ["Family", "all_families", "find_family"]

@@ -20,13 +20,14 @@ from alibi_hf.families._reference import Reference
 from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
-from alibi_hf.verification.report import Check
+from alibi_hf.verification.report import BiasSample, Check
 from alibi_hf.verification.subjects import longer_fields
 
 TOLERANCE = 1e-6
 VOCABULARY = 8
 WHERE = "all heads, two queries, without a mask and with left padding"
 ROUNDED_LENGTH = 300  # positions past 256 are not bfloat16 numbers, so a bias rounded to it differs there for any slope
+SAMPLED = 24  # distances of the sample that is drawn, at most
 LAYER_FIELDS = ("n_layer", "n_layers", "num_hidden_layers")
 
 
@@ -150,6 +151,18 @@ def check_bias(probe: BiasProbe, lengths: list[int], family: str) -> list[Check]
     if family in ("bloom", "falcon", "baichuan"):
         checks += [_bits_check(probe, lengths[-1], family, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return checks
+
+
+def sample_bias(probe: BiasProbe, length: int) -> BiasSample:
+    """Return our bias, as the output's config rounds it, and upstream's, for the last of `length` tokens in float32."""
+    feed, query = make_feeds(length)[0], length - 1
+    ours = our_bias(probe.ours(torch.float32, feed, probe.config.alibi_rounding), query)[0]
+    theirs = _at(probe.upstream(torch.float32, feed), query)[0]
+    distances = sorted({round(query ** (step / (SAMPLED - 1))) for step in range(SAMPLED)})
+    keys = query - torch.tensor(distances)
+    sides = [(side[:, keys].double() - side[:, query, None].double()).tolist() for side in (ours, theirs)]
+    short = [[[float(f"{value:.9g}") for value in head] for head in side] for side in sides]
+    return BiasSample(length, distances, *short)
 
 
 def _queries(length: int) -> tuple[int, ...]:

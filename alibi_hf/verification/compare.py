@@ -21,7 +21,7 @@ from alibi_hf.verification.gradients import Training, check_training, compare_tr
 from alibi_hf.verification.inputs import STEPS, Inputs
 from alibi_hf.verification.logits import kept_positions, run_padded, run_row, run_unpadded
 from alibi_hf.verification.measure import GATES, Difference, compare_logits, judge
-from alibi_hf.verification.report import Check, Control
+from alibi_hf.verification.report import BiasSample, Check, Control
 from alibi_hf.verification.subjects import compared_groups, load_ours, load_upstream
 
 Progress = Callable[[str, int, int], None]  # what comes, steps done, steps in all
@@ -67,6 +67,7 @@ class Runner:
     progress: Progress | None = None
     checks: list[Check] = field(default_factory=list)
     controls: list[Control] = field(default_factory=list)
+    bias: BiasSample | None = None
     steps: int = 0
     _said: int = 0
 

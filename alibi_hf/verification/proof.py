@@ -14,7 +14,7 @@ import transformers
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError
 from alibi_hf.families._reference import Reference
-from alibi_hf.verification.bias import BiasProbe, check_bias
+from alibi_hf.verification.bias import BiasProbe, check_bias, sample_bias
 from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
 from alibi_hf.verification.layerwise import LOGITS, LayerRunner, layer_rows, steps_of
@@ -89,6 +89,7 @@ def verify(
         seconds=time.monotonic() - started,
         notes=_notes(checkpoint, reference, inputs, lengths, only) + _layer_notes(inputs, rows, only),
         parts=tuple(part for part in PARTS if part in only),
+        bias=runner.bias,
     )
 
 
@@ -108,6 +109,7 @@ def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
     if "bias" in only:
         runner.say("bias")
         runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
+        runner.bias = sample_bias(probe, longest)
     if "layers" in only:
         for comparison in comparisons:
             LayerRunner(runner, comparison, rows).run()

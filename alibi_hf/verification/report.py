@@ -1,6 +1,6 @@
-"""What a verification found: dataclasses, and the two files they are written to.
+"""What a verification found: dataclasses, and the three files they are written to.
 
-`verification.json` is for programs, `verification.md` for people; both say the same.
+`verification.json` is for programs, `verification.md` and `verification.html` for people; all say the same.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 from rich.table import Table
 
+from alibi_hf.verification.page import as_page
 from alibi_hf.verification.render import as_markdown, as_table
 
 SCHEMA_VERSION = 1
 PARTS = ("bias", "tensors", "layers", "model")
 LAYERWISE = ("bias", "tensors", "layers")  # what proves a model too large to be run whole
+_NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]")  # a list of plain numbers over several lines
 
 
 def is_enough(parts: Collection[str]) -> bool:
@@ -70,10 +73,26 @@ class Control:
 
 
 @dataclass(frozen=True)
+class BiasSample:
+    """The bias of the last of `length` tokens in float32, at a few distances; what the page draws.
+
+    Attributes:
+        length: tokens of the row, without padding.
+        distances: tokens between the query and each key, ascending from 1, `[n]`.
+        ours, upstream: the bias there, relative to that of the query's own key, `[heads][n]`.
+    """
+
+    length: int
+    distances: list[int]
+    ours: list[list[float]]
+    upstream: list[list[float]]
+
+
+@dataclass(frozen=True)
 class Verification:
     """The result of `verify`: proved if every check passed and every wrong conversion was caught.
 
-    `parts` says what was checked.
+    `parts` says what was checked; `bias` is None where the bias was not.
     """
 
     source: str
@@ -87,6 +106,7 @@ class Verification:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     parts: tuple[str, ...] = PARTS
+    bias: BiasSample | None = None
 
     @property
     def proved(self) -> bool:
@@ -110,12 +130,14 @@ class Verification:
         return as_table(self)
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Write `verification.json` and `verification.md` to `directory` and return the path of the second."""
+        """Write `verification.json`, `.md` and `.html` to `directory` and return the path of the second."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
         (folder / "verification.json").write_text(text + "\n", encoding="utf-8")
         (folder / "verification.md").write_text(as_markdown(self), encoding="utf-8")
+        (folder / "verification.html").write_text(as_page(self), encoding="utf-8")
         return folder / "verification.md"
 
 

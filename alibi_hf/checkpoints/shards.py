@@ -206,7 +206,7 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
             raise UnsafeSourceError(f"{path} holds more than tensors and is not read: {error}") from error
     if not isinstance(held, dict):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
-    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    return {name: value.detach() for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
 def _pickle_shard(path: Path) -> dict[str, TensorInfo]:

@@ -108,7 +108,8 @@ def list_layer_files(folder: Path, allow_pickle: bool = False) -> dict[str, Tens
         for info in _layer(number, [parts[rank] for rank in range(ranks)]):
             if info.name in tensors:
                 raise CheckpointFileError(
-                    f"{info.shard.name} and {tensors[info.name].shard.name} both hold {info.name}."
+                    f"{info.shard.name} and {tensors[info.name].shard.name} both hold {info.name}; the "
+                    f"folder mixes files of two checkpoints."
                 )
             tensors[info.name] = info
     return tensors
@@ -119,7 +120,9 @@ def _layer(number: int, paths: list[Path]) -> list[RankedTensor]:
     held = [load_pickle(path, device="meta") for path in paths]
     for path, names in zip(paths[1:], held[1:], strict=True):
         if differ := sorted(held[0].keys() ^ names.keys()):
-            raise CheckpointFileError(f"{paths[0].name} and {path.name} disagree about {differ[0]}: only one holds it.")
+            raise CheckpointFileError(
+                f"{paths[0].name} and {path.name} disagree about {differ[0]}: only one holds it; download both again."
+            )
     return [_ranked(number, stored, paths, [part[stored] for part in held]) for stored in held[0]]
 
 
@@ -130,7 +133,9 @@ def _ranked(number: int, stored: str, paths: list[Path], parts: list[Tensor]) ->
     kinds = {(part.dtype, *(size for dim, size in enumerate(part.shape) if dim != joined)) for part in parts}
     if len(kinds) > 1 or parts[0].dim() <= joined:
         shapes = [f"{list(part.shape)} {part.dtype}" for part in parts]
-        raise CheckpointFileError(f"{stored} of {paths[0].name} and its other ranks do not fit together: {shapes}.")
+        raise CheckpointFileError(
+            f"{stored} of {paths[0].name} and its other ranks do not fit together: {shapes}; download its files again."
+        )
     shape = [sum(part.shape[dim] for part in parts) if dim == joined else n for dim, n in enumerate(parts[0].shape)]
     return RankedTensor(name, paths[0], tuple(shape), parts[0].dtype, stored=stored, parts=tuple(paths), how=how)
 
@@ -139,7 +144,10 @@ def _bloom_name(number: int, stored: str, path: Path) -> str:
     if stored in _NAMES:
         return _NAMES[stored]
     if number < _FIRST_LAYER:
-        raise CheckpointFileError(f"{path} holds {stored}, but layers begin with layer_{_FIRST_LAYER:02d}.")
+        raise CheckpointFileError(
+            f"{path} holds {stored}, which is a layer's, but layers begin with "
+            f"layer_{_FIRST_LAYER:02d}; rename the files."
+        )
     return f"h.{number - _FIRST_LAYER}.{stored}"
 
 

@@ -237,7 +237,7 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
             raise CheckpointFileError(f"{path} cannot be read ({reason}): truncated or damaged.") from error
     if not isinstance(held, dict):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
-    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    return {name: value.detach() for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
 def _pickle_shard(path: Path) -> dict[str, TensorInfo]:

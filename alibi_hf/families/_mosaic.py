@@ -2,7 +2,9 @@
 
 * Flat field names, `ln_1`, `mlp.mlp_up` and `ln_f` in the files; otherwise what MPT became, with tied embeddings.
 * Slopes without the correction for head counts that are no power of two: 2^-(M i / H) for head i of H. Where H is a
-  power of two that is ALiBi's own formula; elsewhere it is not, and the slopes are written into `alibi_slopes`.
+  power of two that is ALiBi's own formula; elsewhere it is not, and the slopes are written into `alibi_slopes`. (For
+  three days of April 2023 the code had these names and corrected slopes. config.json cannot tell; no checkpoint of
+  them is known.)
 * Upstream computes the bias in the model's dtype, ours in float32.
 
 Sources: MosaicML `examples` v0.0.4, `llm/src/models/mosaic_gpt` and `layers/attention.py` (in llm-foundry's history);
@@ -152,9 +154,9 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _build(raw: dict[str, Any], dtype: torch.dtype, family: str) -> nn.Module:
-    spec = plain_spec(mosaic_config(raw, family)) | {"fused_qkv": True, "bias_max": raw.get("alibi_bias_max", 8)}
+    spec = plain_spec(mosaic_config(raw, family)) | {"fused_qkv": True}
     with torch.device("meta"):
         return PlainMosaicForCausalLM(spec).to(dtype).eval()
 
 
-__all__ = ["FIELDS", "INERT", "REFERENCE", "has_old_names", "mosaic_config", "mosaic_reference", "mosaic_rules"]
+__all__ = ["FIELDS", "REFERENCE", "has_old_names", "mosaic_config", "mosaic_reference", "mosaic_rules"]

@@ -87,6 +87,12 @@ def test_any_number_of_ranks_converts_to_the_same_bytes(ranks, dtype, tmp_path):
         assert reasons["h.1.self_attention.query_key_value.bias"].endswith(f"{ranks} ranks: rows")
 
 
+def test_parameters_are_read_as_plain_tensors(unsplit, tmp_path):
+    folder = megatron(tmp_path / "source", unsplit, 2)
+    change(folder, 3, 0, mlp_dense_4h_to_h_bias=torch.nn.Parameter(torch.ones(96)))
+    assert not Checkpoint.open(folder, allow_pickle=True).get("h.0.mlp.dense_4h_to_h.bias").requires_grad
+
+
 def test_copies_that_drifted_apart_are_averaged_in_float64_and_rounded_once(unsplit, tmp_path):
     folder = megatron(tmp_path / "source", unsplit, 2)
     one, other = torch.full((96,), 1.0, dtype=torch.float32), torch.full((96,), 1.0 + 2**-22, dtype=torch.float32)

@@ -32,6 +32,14 @@ def test_without_alibi_it_names_the_class_to_use():
         attention(alibi=False)
 
 
+def test_learned_positions_and_rope_are_named():
+    with pytest.raises(ConfigFieldError, match=r"alibi=None .*without ALiBi \(rope=False, learned_pos_emb=True\)"):
+        mapped("mpt", attn_config={}, learned_pos_emb=True, **FOUNDRY)  # SEA-LION
+    with pytest.raises(ConfigFieldError, match=r"rope=True cannot be expressed.*trust_remote_code"):
+        mapped("mpt", attn_config={"alibi": False, "rope": True}, **FOUNDRY)
+    assert mapped("mpt", learned_pos_emb=True).alibi  # upstream turns it off
+
+
 def test_every_attention_field_maps():
     config = attention(clip_qkv=6, softmax_scale=0.1, alibi_bias_max=16, qk_ln=True, attn_pdrop=0.1)
     assert (config.clip_qkv, config.attention_scale, config.alibi_bias_max) == (6, 0.1, 16)

@@ -188,7 +188,8 @@ class Rule:
         """The operation in words, for reports."""
         if self.fate != "used":
             return self.fate
-        return "folded: " * self.folded + repr(self.operation).removesuffix("()").lower()
+        words = repr(self.operation).removesuffix("()").lower()
+        return f"folded: {words}" if self.folded else words
 
     def to_transformers(self) -> Any:
         """The same rule as a `WeightRenaming` or `WeightConverter` of Transformers; None for dropped tensors.

@@ -164,6 +164,15 @@ def test_a_normalised_head_is_proved_in_any_dtype(dtype, target, tmp_path):
     assert "bias bits" in {check.name.split(",")[0] for check in report.checks}
 
 
+def test_a_directly_loaded_head_is_the_converted_one_bit_for_bit(tmp_path):
+    source = baichuan.write(tmp_path / "source", raw=NORM_HEAD, dtype=torch.bfloat16)
+    convert(source, tmp_path / "out", verify=False)
+    converted = load_file(tmp_path / "out" / "model.safetensors")[HEAD]
+    direct = AlibiForCausalLM.from_pretrained(source).lm_head.weight
+    assert converted.dtype == direct.dtype == torch.bfloat16 and torch.equal(direct, converted)
+    assert (converted.float().norm(dim=1) - 1).abs().max() < 0.01
+
+
 def test_other_heads_load_from_baichuan2_too(tmp_path):
     source = baichuan.write(tmp_path, raw=NORM_HEAD)
     assert AlibiModel.from_pretrained(source)(tokens()).last_hidden_state.shape == (2, 40, 48)

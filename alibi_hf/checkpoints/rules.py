@@ -102,9 +102,11 @@ class Normalised:
         """
         if tensor.is_meta:
             return (tensor,)
-        wide = (rows.to("cpu", torch.float64) for rows in tensor.split(_FOLDED_ROWS))  # some devices have no float64
-        folded = [torch.nn.functional.normalize(rows, dim=1, eps=self.eps).to(tensor.dtype) for rows in wide]
-        return (torch.cat(folded).to(tensor.device),)
+        folded = torch.empty_like(tensor)
+        for rows, place in zip(tensor.split(_FOLDED_ROWS), folded.split(_FOLDED_ROWS), strict=True):
+            wide = rows.to("cpu", torch.float64)  # some devices have no float64
+            place.copy_(torch.nn.functional.normalize(wide, dim=1, eps=self.eps))
+        return (folded,)
 
     def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
         """[rows, width] to [rows, width], unchanged."""
@@ -188,7 +190,8 @@ class Rule:
         """The operation in words, for reports."""
         if self.fate != "used":
             return self.fate
-        return "folded: " * self.folded + repr(self.operation).removesuffix("()").lower()
+        words = repr(self.operation).removesuffix("()").lower()
+        return f"folded: {words}" if self.folded else words
 
     def to_transformers(self) -> Any:
         """The same rule as a `WeightRenaming` or `WeightConverter` of Transformers; None for dropped tensors.

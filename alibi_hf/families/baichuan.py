@@ -4,7 +4,7 @@
   and are refused.
 * Baichuan2 normalises the rows of its output head (`NormHead`). The normalised rows are folded into the weight, in the
   dtype of the file; fine-tuning a loaded or converted model trains them as they are.
-* Upstream adds slope times the key's column, rounded to the model's dtype, however the input is padded:
+* Upstream adds slope times the key's column, padding on the left included, rounded to the model's dtype:
   `alibi_rounding="baichuan"`.
 
 Which checkpoints have the `NormHead` no field of upstream's says: the code of Baichuan2 has it, that of Baichuan does

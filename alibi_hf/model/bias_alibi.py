@@ -85,7 +85,7 @@ def rounded_row(config: Any, slopes: torch.Tensor, positions: torch.Tensor, dtyp
 
     Args:
         slopes: float32 `[heads]`, from `config_slopes`.
-        positions: int64 `[batch, keys]`, the position of each key, 0 where masked; Baichuan counts every key.
+        positions: int64 `[batch, keys]`, the position of each key, 0 where masked.
         dtype: the model's dtype, in which upstream stores the bias.
 
     Source: `build_alibi_tensor` of `modeling_bloom.py` and of `modeling_falcon.py`; Falcon multiplies in bfloat16 and

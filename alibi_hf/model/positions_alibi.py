@@ -255,8 +255,10 @@ def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None
     if config.alibi_rounding == "exact" or not config.alibi:
         return
     positions = distances.key_position
-    if positions is None or config.alibi_rounding == "baichuan":  # which knows no padding
+    if positions is None:
         positions = torch.arange(distances.num_keys, device=distances.slopes.device)[None]
     if distances.key_mask is not None:
+        if config.alibi_rounding == "baichuan":  # upstream counts the padding on the left
+            positions = positions + distances.key_mask.long().argmax(-1, keepdim=True)
         positions = positions * distances.key_mask
     distances.row = rounded_row(config, distances.slopes, positions, dtype)

@@ -45,7 +45,7 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
     wrong += [f"{group.source} (not tied)" for group in tied if not _is_tied(checkpoint, group.source, group.targets)]
     count = f"{len(used)} tensors used, {len(tied)} tied, {len(checkpoint.groups) - len(used) - len(tied)} dropped"
     if folded := sum(group.rule.folded for group in used):
-        count += f", {folded} of the used folded, which was done again from the source"
+        count += f", {folded} of the used folded (the source was folded again to compare)"
     note = f"{count}; {'equal after the cast' if cast else 'bit for bit'}" if not wrong else f"differ: {wrong[:5]}"
     dtype = str(next(iter(held.values())).dtype).removeprefix("torch.")
     return Check("tensors", dtype, 0, float(len(wrong)), None, 0.0, not wrong, metric="differ", note=note)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import attend, by_row, fill, read, rms, silu, slope
+from tests.references.parts import alibi, attend, by_row, fill, read, rms, silu, slope
 
 
 def write(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, inner: int = 88, **kwargs: Any) -> Path:
@@ -44,7 +44,7 @@ def write(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, inner
     return builders.write(folder, raw, fill(shapes, seed), **kwargs)
 
 
-def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None, single: bool = False) -> torch.Tensor:
     """Float64 logits [batch, tokens, vocab] of ids [batch, tokens]; mask 0 hides a token."""
     raw, state = read(folder)
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -59,7 +59,7 @@ def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) ->
             layer = f"layers.{i}."
             packed = norm(x, f"{layer}input_layernorm") @ state[f"{layer}self_attn.W_pack.weight"].T
             q, k, v = (packed[:, part * width : (part + 1) * width].view(len(tokens), heads, -1) for part in range(3))
-            attended = attend(q, k, v, lambda head, distance: -slope(head, heads) * distance)
+            attended = attend(q, k, v, alibi(heads, single))
             x = x + attended @ state[f"{layer}self_attn.o_proj.weight"].T
             y = norm(x, f"{layer}post_attention_layernorm")
             gate, up = (y @ state[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))

@@ -1,6 +1,9 @@
 """What the references of several families share: a checkpoint's files, norms and attention in float64.
 
 Written from the formulas, one head at a time; no code of the package is in it.
+
+The package forms slope, distance and their product in float32 on purpose. With `single=True` each of those three is
+rounded to float32 here too, so that everything else can be compared at float64's own precision.
 """
 
 from __future__ import annotations
@@ -55,6 +58,19 @@ def slope(head: int, heads: int) -> float:
     """The paper's slope of one head: 2^(-8i/c) for the first c, a power of two; 2^(-4i/c), i odd, for the others."""
     power = 2 ** math.floor(math.log2(heads))
     return 2 ** (-8 * (head + 1) / power) if head < power else 2 ** (-4 * (2 * (head - power) + 1) / power)
+
+
+def alibi(heads: int, single: bool, root: bool = False) -> Bias:
+    """The bias of one head, minus slope times distance, or times its square root."""
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.float().double() if single else value
+
+    def bias(head: int, distance: torch.Tensor) -> torch.Tensor:
+        steepness = rounded(torch.tensor(slope(head, heads), dtype=torch.float64))
+        return -rounded(steepness * rounded(distance.sqrt() if root else distance))
+
+    return bias
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Bias) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import State, attend, by_row, fill, layer_norm, read, silu, slope
+from tests.references.parts import State, alibi, attend, by_row, fill, layer_norm, read, silu
 
 
 def write(
@@ -61,7 +61,7 @@ def older(state: State) -> State:
     return found
 
 
-def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None, single: bool = False) -> torch.Tensor:
     """Float64 logits [batch, tokens, vocab] of ids [batch, tokens]; mask 0 hides a token. Release names only."""
     raw, state = read(folder)
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
@@ -78,7 +78,7 @@ def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) ->
             y = norm(x, f"{layer}ln_1")
             q, kv = y @ state[f"{layer}attn.q.weight"].T, y @ state[f"{layer}attn.kv.weight"].T
             q, k, v = q.view(len(tokens), heads, dim), kv[:, None, :dim], kv[:, None, dim:]
-            attended = attend(q, k, v, lambda head, distance: -slope(head, heads) * distance)
+            attended = attend(q, k, v, alibi(heads, single))
             x = x + attended @ state[f"{layer}attn.c_proj.weight"].T
             both = norm(x, f"{layer}ln_2") @ state[f"{layer}mlp.gate_up_proj.weight"].T
             half = both.shape[-1] // 2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import attend, by_row, fill, read, rms, silu, slope
+from tests.references.parts import alibi, attend, by_row, fill, read, rms, silu
 
 
 def write(
@@ -50,7 +50,7 @@ def write(
     return builders.write(folder, raw, fill(shapes, seed), **kwargs)
 
 
-def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None, single: bool = False) -> torch.Tensor:
     """Float64 logits [batch, tokens, vocab] of ids [batch, tokens]; mask 0 hides a token, which upstream would not."""
     raw, state = read(folder)
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -68,7 +68,7 @@ def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None) ->
             q, k, v = (
                 (y @ state[f"{layer}self_attn.{name}_proj.weight"].T).view(len(tokens), -1, dim) for name in "qkv"
             )
-            attended = attend(q, k, v, lambda head, distance: -slope(head, heads) * distance.sqrt())
+            attended = attend(q, k, v, alibi(heads, single, root=True))
             x = x + attended @ state[f"{layer}self_attn.o_proj.weight"].T
             y = norm(x, f"{layer}post_attention_layernorm")
             gate, up = (y @ state[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))

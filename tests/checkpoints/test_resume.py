@@ -206,13 +206,13 @@ KILLED = Path(__file__).with_name("killed_runs.py")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_killed_at_any_moment(overwrite, tmp_path):
+def test_killed_at_any_moment(tmp_path):
     """kill -9 at each of many file operations, and at random times: untouched or resumable, and then the same bytes."""
     mpt(tmp_path / "source", heads=2, layers=1)
-    command = [sys.executable, str(KILLED), str(tmp_path), "overwrite" if overwrite else "new"]
+    command = [sys.executable, str(KILLED), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    kills, resumed = map(int, ran.stdout.split()[-2:])
-    assert kills >= 30 and resumed >= 5
+    for line in ran.stdout.splitlines():  # into a new folder, and over an old one
+        kills, resumed = map(int, line.split())
+        assert kills >= 15 and resumed >= 3, ran.stdout

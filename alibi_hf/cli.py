@@ -70,6 +70,10 @@ def convert(
         str, typer.Option("--alibi-rounding", help="exact, or the family's name for upstream's rounding of the bias.")
     ] = "exact",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Shards written at once; default: by processors and free memory.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Prove parity afterwards.")] = True,
     layerwise: Layerwise = False,
     allow_pickle: AllowPickle = False,
@@ -87,6 +91,8 @@ def convert(
             max_shard_size=max_shard_size,
             revision=revision,
             overwrite=overwrite,
+            resume=resume,
+            workers=workers,
             verify=verify,
             layerwise=layerwise,
             allow_pickle=allow_pickle,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Event, Thread
 from typing import TypeVar
 from unittest.mock import patch
 
@@ -45,6 +46,30 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def peak_private(call: Callable[[], Result]) -> tuple[Result, int | None]:
+    """Return what `call` returns, and the largest private memory of the process meanwhile (RssAnon, in bytes).
+
+    Mapped files and the page cache are no part of it. It is sampled every few milliseconds; None where the system does
+    not tell.
+    """
+    if not STATUS.exists():
+        return call(), None
+    peak, done = [_status("RssAnon")], Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], _status("RssAnon"))
+
+    thread = Thread(target=sample)
+    thread.start()
+    try:
+        result = call()
+    finally:
+        done.set()
+        thread.join()
+    return result, peak[0]
 
 
 def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:

@@ -67,15 +67,17 @@ def fates(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def record(checkpoint: Checkpoint, out: Path, files: list[dict[str, Any]], command: str | None) -> Conversion:
-    """The `Conversion` of a checkpoint whose weights went to `files`."""
+def record(
+    checkpoint: Checkpoint, out: Path, files: list[dict[str, Any]], command: str | None, workers: int = 1
+) -> Conversion:
+    """The `Conversion` of a checkpoint whose weights went to `files`; `workers` threads hash the source."""
     return Conversion(
         output_path=out,
         source={
             "path_or_id": checkpoint.source,
             "revision": checkpoint.revision,
             "family": checkpoint.family_name,
-            "files": checkpoint.sha256(),
+            "files": checkpoint.sha256(workers),
         },
         output={"files": files},
         tensors=fates(checkpoint),

@@ -1,9 +1,10 @@
 """`convert`: an upstream checkpoint to a folder that anyone loads with `trust_remote_code=True`.
 
-One source tensor is held at a time. The folder appears by one rename, index and config last; an error leaves nothing.
+Every thread holds one source tensor at a time. The folder appears by one rename, index and config last; an error leaves
+nothing, a kill what `resume` can go on from.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor
 
 from alibi_hf.checkpoints.companions import write_card, write_companions, write_config
-from alibi_hf.checkpoints.conversion import Conversion, record
+from alibi_hf.checkpoints.conversion import Conversion, record, versions
+from alibi_hf.checkpoints.parallel import Progress, ShardJobs, default_workers
 from alibi_hf.checkpoints.plan import Group
+from alibi_hf.checkpoints.reading import FileState
+from alibi_hf.checkpoints.resume import Journal
 from alibi_hf.checkpoints.source import Checkpoint, require_finite
-from alibi_hf.checkpoints.writer import Entry, ShardWriter, appearing, check_disk, parse_size
+from alibi_hf.checkpoints.writer import (
+    Entry,
+    appearing,
+    check_disk,
+    parse_size,
+    partial_of,
+    split_shards,
+    write_index,
+)
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
 
-Progress = Callable[[str, int, int], None]
 _SLACK = 64 * 10**6  # bytes for tokenizer, code and reports beside the weights
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -30,6 +41,8 @@ def convert(
     max_shard_size: int | str = "5GB",
     revision: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
     verify: bool = True,
     layerwise: bool = False,
     allow_pickle: bool = False,
@@ -48,6 +61,10 @@ def convert(
         max_shard_size: the most bytes of one weight file, a number or "5GB".
         revision: branch, tag or commit of a Hub id.
         overwrite: replace what is in `output`.
+        resume: go on where a run that was killed stopped, if there was one; the shards that it finished are checked by
+            their SHA-256, and what is damaged is written again.
+        workers: shards that are written at once; each thread holds one tensor, up to three times. The default depends
+            on processors and free memory; pickles are read by one.
         verify: run `alibi_hf.verify` afterwards; the folder stays either way, marked.
         layerwise: verify layer by layer, which holds one layer in memory.
         allow_pickle: read `pytorch_model*.bin` where there are no safetensors.
@@ -65,13 +82,22 @@ def convert(
     _keep_apart(checkpoint.path, out)
     target = _parse_dtype(dtype)
     entries = _entries(checkpoint, target)
-    max_bytes = parse_size(max_shard_size)
+    max_bytes, threads = parse_size(max_shard_size), _workers(checkpoint, workers)
     if verify:
         _check_device(device)  # before anything is written
-    with appearing(out, overwrite) as folder:
-        check_disk(folder, sum(entry.bytes for entry in entries) + _SLACK)
-        files = _write_weights(checkpoint, ShardWriter(folder, entries, max_bytes), target, allow_nonfinite, progress)
-        conversion = record(checkpoint, out, files, command)
+    journal = _journal(checkpoint, partial_of(out), target, max_bytes, allow_nonfinite)
+    if resume:
+        journal.read()
+    make = partial(_convert_group, checkpoint, target=target, allow_nonfinite=allow_nonfinite)
+    with appearing(out, overwrite, resume) as folder:
+        check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + _SLACK)
+        journal.write()
+        _check_tied(checkpoint, allow_nonfinite)
+        jobs = ShardJobs(folder, split_shards(entries, max_bytes), checkpoint.groups, make, journal, progress)
+        files = jobs.run(threads)
+        write_index(folder, jobs.shards)
+        conversion = record(checkpoint, out, files, command, threads)
+        journal.require_same_source(checkpoint.path)
         write_companions(checkpoint, folder)
         write_card(checkpoint, conversion, folder)
         conversion.save(folder)
@@ -115,37 +141,44 @@ def _entries(checkpoint: Checkpoint, target: torch.dtype | None) -> list[Entry]:
     return entries
 
 
-def _write_weights(
-    checkpoint: Checkpoint,
-    writer: ShardWriter,
-    target: torch.dtype | None,
-    allow_nonfinite: bool,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    total, done = sum(info.bytes for info in checkpoint.tensors.values()), 0
-    try:
-        for group in checkpoint.groups:
-            _write_group(checkpoint, group, writer, target, allow_nonfinite)
-            done += checkpoint.tensors[group.source].bytes
-            if progress is not None:
-                progress("converting", done, total)
-        return writer.finish()
-    finally:
-        writer.close()
+def _journal(
+    checkpoint: Checkpoint, folder: Path, target: torch.dtype | None, max_bytes: int, allow_nonfinite: bool
+) -> Journal:
+    """The journal of this run: everything that decides what is written."""
+    states = [FileState.of(path, with_header=True) for path in [checkpoint.path / "config.json", *checkpoint.shards]]
+    options = {
+        "dtype": target and str(target),
+        "max_shard_size": max_bytes,
+        "alibi_rounding": checkpoint.config.alibi_rounding,
+        "allow_nonfinite": allow_nonfinite,
+        "alibi_hf": versions()["alibi-hf"],
+    }
+    return Journal(folder, states, options)
 
 
-def _write_group(
-    checkpoint: Checkpoint, group: Group, writer: ShardWriter, target: torch.dtype | None, allow_nonfinite: bool
-) -> None:
-    if group.fate == "tied":
-        checkpoint.check_values(group, allow_nonfinite)
-    if group.fate != "used":
-        return
+def _workers(checkpoint: Checkpoint, asked: int | None) -> int:
+    from alibi_hf.verification.memory import available_memory  # verification reads checkpoints, so not at import
+
+    if asked is not None and asked < 1:
+        raise ConfigFieldError(f"workers={asked} is no number of threads; give 1 or more.")
+    if any(path.suffix != ".safetensors" for path in checkpoint.shards):
+        return 1  # one pickle is open at a time
+    return asked or default_workers([info.bytes for info in checkpoint.tensors.values()], available_memory())
+
+
+def _check_tied(checkpoint: Checkpoint, allow_nonfinite: bool) -> None:
+    for group in checkpoint.groups:
+        if group.fate == "tied":
+            checkpoint.check_values(group, allow_nonfinite)
+
+
+def _convert_group(
+    checkpoint: Checkpoint, group: Group, target: torch.dtype | None, allow_nonfinite: bool
+) -> tuple[Tensor, ...]:
     tensor = checkpoint.get(group.source)
     if not allow_nonfinite:
         require_finite(group.source, tensor)
-    for name, part in zip(group.targets, group.rule.forward(tensor), strict=True):
-        writer.add(name, _cast(group.source, part, target))
+    return tuple(_cast(group.source, part, target) for part in group.rule.forward(tensor))
 
 
 def _cast(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:

@@ -5,6 +5,7 @@ tensor. It never runs code of the source and never reaches out to anything but t
 """
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,9 +190,12 @@ class Checkpoint:
                     f"they are one; set it to false if both were trained."
                 )
 
-    def sha256(self) -> list[dict[str, Any]]:
-        """Name, SHA-256 and size in bytes of every weight file."""
-        return [{"name": p.name, "sha256": sha256_of(p), "bytes": p.stat().st_size} for p in self.shards]
+    def sha256(self, workers: int = 1) -> list[dict[str, Any]]:
+        """Name, SHA-256 and size in bytes of every weight file, read by `workers` threads."""
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(sha256_of, self.shards))
+        pairs = zip(self.shards, hashes, strict=True)
+        return [{"name": path.name, "sha256": digest, "bytes": path.stat().st_size} for path, digest in pairs]
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat-template and licence files of the folder, relative to it."""

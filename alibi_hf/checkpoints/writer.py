@@ -1,7 +1,7 @@
 """Writing safetensors shard by shard, value by value, and a folder that appears all at once.
 
-`ShardWriter` needs names, shapes and dtypes beforehand, so that it writes each header first and then streams: it holds
-one tensor, whatever the size. Format: github.com/huggingface/safetensors.
+`ShardFile` needs names, shapes and dtypes beforehand, so that it writes the header first and then streams: it holds one
+tensor, whatever the size. Format: github.com/huggingface/safetensors.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from alibi_hf.errors import CheckpointFileError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 INDEX = "model.safetensors.index.json"
+JOURNAL = ".resume.json"  # in a working folder only; see resume.py
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,76 @@ def split_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
     return shards
 
 
+class ShardFile:
+    """One safetensors file that is being written: its header at once, then tensor after tensor in the given order."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        self.path = path
+        self._pending = list(entries)[::-1]
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._write(_header(entries))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor was added."""
+        return not self._pending
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor; it must be the next of the entries, with its shape and dtype."""
+        expected = self._pending.pop()
+        if (name, tuple(tensor.shape), tensor.dtype) != (expected.name, expected.shape, expected.dtype):
+            raise AssertionError(f"expected {expected} to be written next, not {name} {list(tensor.shape)}.")
+        self._write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> dict[str, Any]:
+        """Close the file; returns its name, SHA-256 and bytes."""
+        if self._pending:
+            raise AssertionError(f"{len(self._pending)} tensors of {self.path.name} were not written.")
+        size = self._file.tell()
+        self.close()
+        return {"name": self.path.name, "sha256": self._digest.hexdigest(), "bytes": size}
+
+    def close(self) -> None:
+        """Close the file as it is; for the way out of an error."""
+        self._file.close()
+
+    def _write(self, data: Any) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def shard_names(number: int) -> list[str]:
+    """File names of `number` shards."""
+    if number == 1:
+        return ["model.safetensors"]
+    return [f"model-{index:05d}-of-{number:05d}.safetensors" for index in range(1, number + 1)]
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
+    """Write the index, if there are several shards."""
+    if len(shards) > 1:
+        names = shard_names(len(shards))
+        mapping = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        total = sum(entry.bytes for shard in shards for entry in shard)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapping})
+
+
 class ShardWriter:
     """Streams tensors into `model*.safetensors` in the order of `entries`; call `finish` at the end.
 
@@ -75,68 +146,24 @@ class ShardWriter:
         self.folder = folder
         self.shards = split_shards(entries, max_bytes)
         self.files: list[dict[str, Any]] = []
-        self._pending = [entry for shard in self.shards for entry in shard][::-1]
-        self._file: BinaryIO | None = None
-        self._left = 0
-
-    def name(self, number: int) -> str:
-        """File name of a shard, counted from 0."""
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        self._file: ShardFile | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor; it must be the next of `entries`, with its shape and dtype."""
-        expected = self._pending.pop()
-        if (name, tuple(tensor.shape), tensor.dtype) != (expected.name, expected.shape, expected.dtype):
-            raise AssertionError(f"expected {expected} to be written next, not {name} {list(tensor.shape)}.")
         if self._file is None:
-            self._start()
-        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._write(values.data)
-        self._left -= 1
-        if self._left == 0:
-            self._end()
+            number = len(self.files)
+            self._file = ShardFile(self.folder / shard_names(len(self.shards))[number], self.shards[number])
+        self._file.add(name, tensor)
+        if self._file.complete:
+            self.files.append(self._file.finish())
+            self._file = None
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the index, if there are several shards; returns name, SHA-256 and bytes of every file."""
-        if self._pending or self._file is not None:
-            raise AssertionError(f"{len(self._pending)} tensors were not written.")
-        if len(self.shards) > 1:
-            mapping = {entry.name: self.name(number) for number, shard in enumerate(self.shards) for entry in shard}
-            total = sum(entry.bytes for shard in self.shards for entry in shard)
-            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": mapping})
+        if len(self.files) != len(self.shards):
+            raise AssertionError(f"{len(self.shards) - len(self.files)} shards were not written.")
+        write_index(self.folder, self.shards)
         return self.files
-
-    def _start(self) -> None:
-        number = len(self.files)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for entry in self.shards[number]:
-            header[entry.name] = {
-                "dtype": DTYPE_NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + entry.bytes],
-            }
-            offset += entry.bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = (self.folder / self.name(number)).open("wb")
-        self._digest = hashlib.sha256()
-        self._left = len(self.shards[number])
-        self._write(struct.pack("<Q", len(text)) + text)
-
-    def _write(self, data: Any) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._digest.update(data)
-
-    def _end(self) -> None:
-        assert self._file is not None
-        size = self._file.tell()
-        self._file.close()
-        self.files.append({"name": self.name(len(self.files)), "sha256": self._digest.hexdigest(), "bytes": size})
-        self._file = None
 
     def close(self) -> None:
         """Close the open file, if any; for the way out of an error."""
@@ -161,41 +188,62 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+def partial_of(out: Path) -> Path:
+    """The working folder of an output, beside it."""
+    out = out.resolve()  # through links: what they point to is what is replaced
+    return out.parent / f".{out.name}.partial"
+
+
 @contextmanager
-def appearing(out: Path, overwrite: bool) -> Iterator[Path]:
+def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """A working folder `.OUT.partial` that becomes `out` by one rename when the block ends.
 
-    Any exception removes it; a kill leaves it, and `overwrite` then allows starting again.
+    An error removes it, unless it was resumed; a kill leaves it, and so does Ctrl-C where there is a journal. `resume`
+    then allows going on in it, `overwrite` starting again.
 
     Raises:
         CheckpointFileError: if `out` is a file, or holds something and `overwrite` is false.
     """
-    out = out.resolve()  # through links: what they point to is what is replaced
-    partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.replaced"
+    out, partial = out.resolve(), partial_of(out)
+    old = out.parent / f".{out.name}.replaced"
+    if old.exists() and not out.exists():
+        old.rename(out)  # the last run was killed between the two renames of `_swap`
+    _refuse(out, partial, overwrite, resume)
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(exist_ok=resume)
+    try:
+        yield partial
+        _sync(partial)
+        (partial / JOURNAL).unlink(missing_ok=True)
+        _swap(partial, out, old)
+    except BaseException as error:
+        worth_keeping = resume or isinstance(error, KeyboardInterrupt)
+        if not (worth_keeping and (partial / JOURNAL).exists()):
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                parent.rmdir()
+        raise
+    _sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse(out: Path, partial: Path, overwrite: bool, resume: bool) -> None:
     if out == Path.cwd():
         raise CheckpointFileError(f"{out} is the current folder, which cannot be replaced; name another one.")
     if out.exists() and not out.is_dir():
         raise CheckpointFileError(f"{out} is a file; give a folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointFileError(f"{out} exists and is not empty; --overwrite (overwrite=True) replaces it.")
-    if partial.exists() and not overwrite:
-        raise CheckpointFileError(f"{partial} is left from a run that was cut off; use --overwrite (overwrite=True).")
-    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        _sync(partial)
-        _swap(partial, out, old)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
-        raise
-    _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if partial.exists() and not (overwrite or resume):
+        kept = (partial / JOURNAL).exists()
+        how = "use --resume (resume=True) to go on, or --overwrite (overwrite=True) to start again" if kept else ""
+        raise CheckpointFileError(
+            f"{partial} is left from a run that was cut off; {how or 'use --overwrite (overwrite=True)'}."
+        )
 
 
 def _swap(partial: Path, out: Path, old: Path) -> None:
@@ -228,4 +276,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["INDEX", "Entry", "ShardWriter", "appearing", "check_disk", "parse_size", "split_shards", "write_json"]
+__all__ = [
+    "INDEX",
+    "JOURNAL",
+    "Entry",
+    "ShardFile",
+    "ShardWriter",
+    "appearing",
+    "check_disk",
+    "parse_size",
+    "partial_of",
+    "shard_names",
+    "split_shards",
+    "write_index",
+    "write_json",
+]

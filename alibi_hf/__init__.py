@@ -18,7 +18,8 @@ from transformers import (
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.direct import install
-from alibi_hf.checkpoints.inspect import FamilyList, Inspection, inspect_checkpoint, list_families
+from alibi_hf.checkpoints.inspect import Inspection, inspect_checkpoint
+from alibi_hf.checkpoints.listing import FamilyList, list_families
 from alibi_hf.errors import (
     AlibiError,
     CheckpointFileError,

@@ -150,10 +150,17 @@ def verify(
 
 
 @app.command()
-def families(as_json: AsJson = False) -> None:
-    """List the families that are supported, and what each is proved against."""
+def families(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+) -> None:
+    """List the families: what each covers, what it is proved against, and what upstream is known to get wrong."""
     with _errors():
-        _show(alibi_hf.list_families(), as_json, quiet=False)
+        found = alibi_hf.list_families()
+        if markdown:
+            print(found.markdown(), end="")
+        else:
+            _show(found, as_json, quiet=False)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

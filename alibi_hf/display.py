@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from alibi_hf.checkpoints.conversion import Conversion
-from alibi_hf.checkpoints.inspect import FamilyList, Inspection
+from alibi_hf.checkpoints.inspect import Inspection
+from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList
 from alibi_hf.verification import Verification
 
 Report = Inspection | Conversion | Verification | FamilyList
@@ -105,10 +106,21 @@ def _conversion(report: Conversion) -> RenderableType:
     return summary if report.verification is None else Group(report.verification.table(), summary)
 
 
-def _families(report: FamilyList) -> Table:
-    table = Table()
-    for column in ("family", "what", "roundings", "proved against"):
-        table.add_column(column, overflow="fold")
-    for family in report.families:
-        table.add_row(family.name, family.summary, ", ".join(family.roundings), family.reference)
-    return table
+def _families(report: FamilyList) -> RenderableType:
+    return Group(*(_family(family) for family in report.families))
+
+
+def _family(family: FamilyInfo) -> Table:
+    rows = {
+        "checkpoints": ", ".join(family.checkpoints),
+        "answers to": ", ".join(family.model_types),
+        "switches": ", ".join(family.switches),
+        "alibi_rounding": ", ".join(family.roundings),
+        "proved against": family.reference,
+        "by": family.proof,
+        "outside check": ", ".join(family.outside),
+        "read by": ", ".join(family.reads),
+        "written as": ", ".join(["this package's layout", *family.exports]),
+        "upstream's defects": "; ".join(family.defects),
+    }
+    return _pairs(family.name, {name: value or "none" for name, value in rows.items()})

@@ -8,7 +8,16 @@ import numpy
 import pytest
 import torch
 from ctranslate2.converters import transformers as converters
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+)
 
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.model.bias_alibi import Distances
@@ -33,7 +42,11 @@ def random_model(family: str, heads: int) -> PreTrainedModel:
     """A tiny upstream model whose weights are large enough that positions matter."""
     torch.manual_seed(heads)
     sizes = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
-    if family == "bloom":
+    if family == "falcon":
+        flags = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
+        shape = {"hidden_size": heads * 8, "num_hidden_layers": 2, "num_attention_heads": heads}
+        model = FalconForCausalLM(FalconConfig(**shape, **flags, **sizes))
+    elif family == "bloom":
         model = BloomForCausalLM(BloomConfig(hidden_size=heads * 8, n_layer=2, n_head=heads, **sizes))
     else:
         model = MptForCausalLM(MptConfig(d_model=heads * 8, n_layers=2, n_heads=heads, max_seq_len=512, **sizes))
@@ -51,7 +64,10 @@ def outside_logits(folder: str, tokens: list[int], work: str) -> torch.Tensor:
     return torch.from_numpy(numpy.array(generator.forward_batch([words])))[0]
 
 
-@pytest.fixture(params=["bloom-shipped", "mpt-shipped", "bloom-6", "bloom-12", "bloom-40", "mpt-1", "mpt-12", "mpt-40"])
+SHIPPED, HEADS = ("bloom-shipped", "mpt-shipped"), ("bloom-6", "bloom-12", "bloom-40", "mpt-1", "mpt-12", "mpt-40")
+
+
+@pytest.fixture(params=[*SHIPPED, *HEADS, "falcon-6", "falcon-12", "falcon-40"])
 def compared(request, tmp_path):
     """An upstream folder in float32, 300 tokens, and what CTranslate2 makes of them."""
     family, kind = request.param.split("-")

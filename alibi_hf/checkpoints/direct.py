@@ -51,6 +51,7 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
             f"them first (alibi-hf convert --allow-pickle) and load the result."
         )
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
+    _refuse_quantising(checkpoint, kwargs)
     config = _config(checkpoint, cls, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     with _LOADING:
@@ -88,6 +89,16 @@ def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
                 f"{source} could not be fetched from the Hub: {error}. Without network, give a local folder."
             ) from error
     return folder / subfolder
+
+
+def _refuse_quantising(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
+    """Transformers quantises while loading, and of a tensor that becomes several it would keep the first."""
+    fused = next((group.source for group in checkpoint.groups if len(group.targets) > 1), None)
+    if kwargs.get("quantization_config") is not None and fused is not None:
+        raise AlibiError(
+            f"quantization_config cannot be used on {checkpoint.source} as it is: {fused} becomes several tensors in "
+            f"loading, which Transformers does not quantise. Convert it first, and load the converted folder."
+        )
 
 
 def _config(checkpoint: Checkpoint, cls: type[AlibiPreTrainedModel], kwargs: dict[str, Any]) -> AlibiConfig:

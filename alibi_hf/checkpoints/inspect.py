@@ -9,7 +9,6 @@ from typing import Any
 from alibi_hf.checkpoints.conversion import fates
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.checkpoints.writer import write_json
-from alibi_hf.families import all_families
 from alibi_hf.families._layout import head_sizes
 from alibi_hf.model.bias_alibi import config_slopes
 
@@ -116,46 +115,4 @@ def _tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class FamilyInfo:
-    """One family: its name, the model types and classes it answers to, its roundings and its reference class."""
-
-    name: str
-    model_types: list[str]
-    roundings: list[str]
-    reference: str
-    summary: str
-
-
-@dataclass(frozen=True)
-class FamilyList:
-    """Every family that this package knows."""
-
-    families: list[FamilyInfo]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `families.json`."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    def save(self, directory: str | Path) -> Path:
-        """Write `families.json` into `directory` and return its path."""
-        return write_json(Path(directory) / "families.json", self.to_dict())
-
-
-def list_families() -> FamilyList:
-    """Every family with its model types, roundings and reference class."""
-    return FamilyList(
-        [
-            FamilyInfo(
-                name=family.NAMES[0],
-                model_types=list(family.NAMES),
-                roundings=list(family.ROUNDINGS),
-                reference=family.REFERENCE,
-                summary=(family.__doc__ or "").split("\n")[0],
-            )
-            for family in all_families()
-        ]
-    )
-
-
-__all__ = ["FamilyInfo", "FamilyList", "Inspection", "inspect_checkpoint", "list_families"]
+__all__ = ["Inspection", "inspect_checkpoint"]

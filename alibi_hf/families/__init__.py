@@ -1,10 +1,11 @@
 """Upstream families: one module each, found by listing this folder, so that adding one touches nothing else.
 
 A family module has five names: `NAMES` (its name, then the model types and classes it answers to), `recognise(raw,
-tensor_names)`, `config(raw)`, `rules(config)` and `reference(config)`. Three constants describe it: `FIELDS`, what it
-reads; `ROUNDINGS`, the values of `alibi_rounding` that mean something for it; `REFERENCE`, the upstream class.
+tensor_names)`, `config(raw)`, `rules(config)` and `reference(config)`. Four constants describe it: `FIELDS`, what it
+reads; `ROUNDINGS`, the values of `alibi_rounding` that mean something for it; `REFERENCE`, the upstream class; `ABOUT`,
+what the list of families says about it.
 
-A family whose config.json chooses between layouts of the files has a ninth, `variant(raw)`: the same family with the
+A family whose config.json chooses between layouts of the files has one more, `variant(raw)`: the same family with the
 rules and the reference of that layout, or None for the usual one.
 """
 

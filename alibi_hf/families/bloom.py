@@ -15,6 +15,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Interleaved, Rule
 from alibi_hf.errors import ConfigFieldError
+from alibi_hf.families._about import About
 from alibi_hf.families._fields import (
     BOOL,
     INT,
@@ -41,6 +42,28 @@ NAMES = (
 )
 ROUNDINGS = ("exact", "bloom")
 REFERENCE = "transformers.BloomForCausalLM"
+ABOUT = About(
+    checkpoints=(
+        "BLOOM",
+        "BLOOMZ",
+        "FinGPT",
+        "Poro-34B",
+        "NorBLOOM",
+        "BLOOMChat-176B",
+        "TigerBot-180B",
+        "XuanYuan-176B",
+    ),
+    switches=("embedding_norm", "residual_from_norm", 'alibi_rounding="bloom"'),
+    outside=("CTranslate2", "llama.cpp"),
+    exports=("bloom", "gguf"),
+    defects=(
+        "the bias is rounded to the model's dtype: at 8192 tokens in bfloat16 the last 32 keys of a head have 2 values",
+        "eager attention only",
+        "packed documents see each other",
+        "4-D masks are refused",
+        "left-padded rows are NaN in float64",
+    ),
+)
 PREFIX = "transformer."
 
 FIELDS = (

@@ -18,6 +18,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Interleaved, Operation, Rule, Split
 from alibi_hf.errors import ConfigFieldError
+from alibi_hf.families._about import About
 from alibi_hf.families._fields import (
     BOOL,
     INT,
@@ -56,6 +57,21 @@ NAMES = (
 )
 ROUNDINGS = ("exact", "falcon")
 REFERENCE = "transformers.FalconForCausalLM"
+ABOUT = About(
+    checkpoints=("Falcon-RW-1B", "Falcon-RW-7B"),
+    switches=("alibi_slopes (divided by the square root of head_dim)", 'alibi_rounding="falcon"'),
+    outside=("CTranslate2",),
+    exports=("falcon",),
+    defects=(
+        "eager attention adds the bias twice",
+        "slopes and bias are rounded to bfloat16 in float32 models too",
+        "n_head and n_layer of older files are ignored",
+        "a static cache fails",
+        "packed documents see each other",
+    ),
+    proof="twice, with upstream's own bfloat16 bias and with the exact one: bias, tensors, logits, padding, decoding, "
+    "generation, loss and gradients against float64",
+)
 PREFIX = "transformer."
 _PARALLEL = "Parallel attention and MLP are not supported; load it with FalconForCausalLM of Transformers."
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.families._about import About
 from alibi_hf.families._layout import has_tensor, named
 from alibi_hf.families._mpt_config import FIELDS, mpt_config
 from alibi_hf.families._mpt_layout import USUAL, mpt_layout, mpt_rules
@@ -35,8 +36,36 @@ NAMES = (
 )
 ROUNDINGS = ("exact",)
 REFERENCE = "transformers.MptForCausalLM"
+ABOUT = About(
+    checkpoints=("MPT-7B", "MPT-30B", "MPT-7B-8k", "MPT-7B-StoryWriter", "PhoGPT", "Krutrim-1", "replit-code-v1_5-3b"),
+    switches=(
+        "alibi_bias_max",
+        "clip_qkv",
+        "qk_norm",
+        "num_key_value_heads",
+        "mlp_type",
+        "norm_type",
+        "biases",
+        "attention_scale",
+        "logit_scale",
+        "soft caps",
+    ),
+    outside=("CTranslate2", "llama.cpp"),
+    exports=("mpt", "llm-foundry", "gguf"),
+    defects=(
+        "alibi, alibi_bias_max, learned_pos_emb, no_bias, expansion_ratio, logit_scale, qk_ln, attn_type are ignored",
+        "rows longer than max_seq_len fail",
+        "an integer clip_qkv stops the load",
+        "boolean 4-D masks are taken the wrong way round",
+        "masked tokens inside a row count as distance",
+        "eager attention only",
+        "packed documents see each other",
+    ),
+    proof="bias, tensors, logits, padding, decoding, generation, loss and gradients against float64; what "
+    "MptForCausalLM ignores is compared with a plain module after llm-foundry's formulas, whole rows only",
+)
 
-__all__ = ["FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules", "variant"]
+__all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules", "variant"]
 
 
 def recognise(raw: dict[str, Any], tensor_names: Sequence[str]) -> bool:

@@ -64,7 +64,8 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 5GB.")] = "5GB",
     revision: Revision = None,
     rounding: Annotated[
-        str, typer.Option("--alibi-rounding", help="exact, or bloom or falcon for upstream's rounding of the bias.")
+        str,
+        typer.Option("--alibi-rounding", help="exact, or bloom, falcon or jais for upstream's rounding of the bias."),
     ] = "exact",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
     verify: Annotated[bool, typer.Option(help="Prove parity afterwards.")] = True,

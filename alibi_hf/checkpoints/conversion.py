@@ -15,6 +15,7 @@ from alibi_hf.families._fields import defaults_used
 
 SCHEMA_VERSION = 1
 FILE = "conversion.json"
+CONFIG = "config.json"
 _PACKAGES = ("alibi-hf", "torch", "transformers", "safetensors", "huggingface_hub")
 
 
@@ -28,6 +29,7 @@ class Conversion:
         output: files (name, sha256, bytes) of the weights.
         tensors: source, target names, rule, fate and reason of every tensor.
         config: upstream's config ("from"), ours ("to") and the defaults that upstream's code fills in ("defaults").
+        notes: what a reader should know about the source, one sentence each.
         versions: of Python and the packages that took part.
         command: what was run.
         verified: True, False, or None where no verification was run.
@@ -39,6 +41,7 @@ class Conversion:
     output: dict[str, Any]
     tensors: list[dict[str, Any]]
     config: dict[str, Any]
+    notes: list[str]
     versions: dict[str, str]
     command: str
     verified: bool | None = None
@@ -55,13 +58,13 @@ class Conversion:
 
 
 def fates(groups: list[Group]) -> list[dict[str, Any]]:
-    """Source, target names, rule, fate and reason of every tensor."""
+    """Source, target names, rule, fate and reason of every tensor; one that our config holds is used, too."""
     return [
         {
             "source": group.source,
-            "target": list(group.targets),
+            "target": [f"{CONFIG}: {name}" if group.fate == "config" else name for name in group.targets],
             "rule": group.rule.describe(),
-            "fate": group.fate,
+            "fate": "used" if group.fate == "config" else group.fate,
             "reason": group.rule.reason,
         }
         for group in groups
@@ -85,6 +88,7 @@ def record(checkpoint: Checkpoint, out: Path, files: list[dict[str, Any]], comma
             "to": json.loads(checkpoint.config.to_json_string()),
             "defaults": defaults_used(checkpoint.raw, checkpoint.family.FIELDS),
         },
+        notes=checkpoint.notes,
         versions=versions(),
         command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )

@@ -28,7 +28,7 @@ class Group:
 
     @property
     def fate(self) -> str:
-        """ "used", "tied" or "dropped"."""
+        """ "used", "tied", "dropped" or "config"; see `Rule`."""
         return self.rule.fate
 
 
@@ -114,7 +114,9 @@ def check_shapes(
     expected = dict(model.state_dict())
     filled: set[str] = set()
     for group in listed:
-        if group.fate == "dropped":
+        if group.fate == "config":
+            _check_per_head(group.source, shapes[group.source], config)
+        if group.fate in ("dropped", "config"):
             continue
         unknown = [target for target in group.targets if target not in expected]
         _refuse([f"{group.source} (as {target})" for target in unknown], "no part of the model reads")
@@ -127,6 +129,15 @@ def check_shapes(
         filled.update(group.targets)
     absent = {"lm_head.weight"} if config.tie_word_embeddings or not need_head else set()
     _refuse(sorted(expected.keys() - filled - absent), "the model needs and the checkpoint lacks")
+
+
+def _check_per_head(source: str, shape: tuple[int, ...], config: AlibiConfig) -> None:
+    heads = config.num_attention_heads
+    if shape not in ((heads,), (heads, 1)):
+        raise TensorError(
+            f"{source} has shape {list(shape)}, config.json gives {heads} heads, so [{heads}, 1] or [{heads}]; weights "
+            f"and config belong to different checkpoints, or a size in config.json is wrong."
+        )
 
 
 __all__ = ["Group", "check_shapes", "head_class", "make_plan", "meta_model"]

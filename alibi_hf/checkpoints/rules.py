@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alibi_hf.errors import TensorError
 
-Fate = Literal["used", "tied", "dropped"]
+Fate = Literal["used", "tied", "dropped", "config"]
 BASE_PREFIX = "model."  # base_model_prefix of the Alibi classes: heads have it, AlibiModel itself does not
 
 
@@ -62,6 +62,21 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """Weights [in, out] of Transformers' `Conv1D`, turned to [out, in] for `then`; biases go to `then` as they are."""
+
+    then: Operation = field(default_factory=Copy)
+
+    def forward(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """[in, out] to what `then` makes of [out, in]."""
+        return tuple(part.contiguous() for part in self.then.forward(tensor.t()))
+
+    def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What `then` made of [out, in] to [in, out]."""
+        return self.then.inverse(tensors).t().contiguous()
+
+
+@dataclass(frozen=True)
 class Interleaved:
     """Query, key and value rows head by head: `[heads, parts, rows / (heads * parts), ...]` (BLOOM, Falcon-RW)."""
 
@@ -94,9 +109,11 @@ class Rule:
 
     Args:
         source: upstream's name, `{i}` for the layer, without the optional `prefix`.
-        targets: our names in `AlibiForCausalLM`, `{i}` for the layer, in the order the operation gives them.
+        targets: our names in `AlibiForCausalLM`, `{i}` for the layer, in the order the operation gives them; of a
+            "config" tensor, the field of our config.
         operation: how the values move.
-        fate: "used"; "tied" (a copy of the first target, not stored again); "dropped".
+        fate: "used"; "tied" (a copy of the first target, not stored again); "dropped"; "config" (one number a query
+            head, which our config.json holds instead of a tensor).
         reason: why, for "tied" and "dropped".
         prefix: a start of the name that some files have and others lack, such as "transformer.".
         required: whether its absence is an error.
@@ -151,7 +168,7 @@ class Rule:
 
     def describe(self) -> str:
         """The operation in words, for reports."""
-        return repr(self.operation).removesuffix("()").lower() if self.fate == "used" else self.fate
+        return repr(self.operation).removesuffix("()").lower() if self.fate in ("used", "config") else self.fate
 
     def to_transformers(self) -> Any:
         """The same rule as a `WeightRenaming` or `WeightConverter` of Transformers; None for dropped tensors.
@@ -163,4 +180,4 @@ class Rule:
         return to_transformers(self)
 
 
-__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Operation", "Rule", "Split"]
+__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Operation", "Rule", "Split", "Transposed"]

@@ -19,7 +19,7 @@ from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
 from alibi_hf.verification.memory import available_memory, check_device, estimate_memory, require_memory
 from alibi_hf.verification.report import Verification
-from alibi_hf.verification.subjects import longer_fields, quiet, read_config
+from alibi_hf.verification.subjects import depends_on_call, longer_fields, quiet, read_config
 from alibi_hf.verification.tensors import check_tensors, stored_dtype
 from alibi_hf.verification.text import make_tokens
 
@@ -97,10 +97,15 @@ def _run(runner: Runner, only: Sequence[str]) -> None:
         runner.checks.append(check_tensors(checkpoint, runner.output))
     if "bias" in only:
         runner.say("bias")
-        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
+        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), _own_rounding(checkpoint))
     for comparison in comparisons:
         runner.run(comparison)
     runner.say("done")
+
+
+def _own_rounding(checkpoint: Checkpoint) -> str:
+    """Return the `alibi_rounding` that is the family's own, "" if it has none."""
+    return next((rounding for rounding in checkpoint.family.ROUNDINGS if rounding != "exact"), "")
 
 
 def _comparisons(checkpoint: Checkpoint, reference: Reference, rounds: bool) -> list[Comparison]:
@@ -136,7 +141,7 @@ def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stor
         "class": reference.class_name,
         "attn_implementation": reference.attn_implementation,
         "truth": "the same class in float64, with its bias from the closed form in float64 and its softmax in float64; "
-        "padded input: the same rows unpadded; cached decode: the whole row",
+        "padded input: the same rows unpadded; cached decode: the whole row, where that is the same",
         "weights": cast,
     }
     if longer := longer_fields(reference, inputs.longest):
@@ -151,11 +156,16 @@ def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stor
 def _notes(
     checkpoint: Checkpoint, reference: Reference, inputs: Inputs, lengths: Sequence[int] | None, only: Sequence[str]
 ) -> list[str]:
-    notes = []
+    notes = list(checkpoint.notes)
     trained = checkpoint.config.max_position_embeddings
     if inputs.rows[-1].shape[1] <= trained:
         chosen = "as asked for" if lengths else f"by default {default_lengths(trained)} are run"
         notes.append(f"nothing beyond the training length of {trained} tokens was run ({chosen}); give lengths= for it")
+    if depends_on_call(checkpoint.config):
+        notes.append(
+            "alibi_scaling divides the slopes by the length of the call: padded rows have no answer and are not run, "
+            "and the truth of cached decode is upstream's own cached decode in float64"
+        )
     if not reference.has_cache:
         notes.append("the reference has no cache: upstream's decoding and generation are its whole rows")
     if missing := set(PARTS) - set(only):

@@ -37,4 +37,4 @@ def test_both_reports_are_saved(tmp_path):
     assert json.loads(path.read_text())["family"] == "bloom"
     families = json.loads(list_families().save(tmp_path / "report").read_text())["families"]
     assert {"bloom", "mpt", "falcon"} <= {family["name"] for family in families}
-    assert all(family["reference"].startswith("transformers.") for family in families)
+    assert all(family["reference"].startswith(("transformers.", "alibi_hf.families.")) for family in families)

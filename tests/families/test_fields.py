@@ -25,6 +25,22 @@ MINIMAL = {
         "multi_query": False,
         "parallel_attn": False,
     },
+    "btlm": {
+        "model_type": "btlm",
+        "vocab_size": 97,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 6,
+        "position_embedding_type": "alibi",
+    },
+    "jais": {
+        "model_type": "jais",
+        "vocab_size": 97,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 6,
+        "position_embedding_type": "alibi",
+    },
 }
 
 
@@ -42,7 +58,7 @@ def test_discovery_finds_every_family_by_model_type_and_class():
 
 
 def test_unknown_family_names_what_was_found_and_what_is_known():
-    with pytest.raises(UnknownFamilyError, match=r"model_type='llama'.*bloom, falcon, mpt"):
+    with pytest.raises(UnknownFamilyError, match=r"model_type='llama'.*bloom, .*falcon, .*mpt"):
         find_family({"model_type": "llama"}, ["model.embed_tokens.weight"])
 
 
@@ -57,7 +73,7 @@ def test_an_unknown_field_stops_with_its_name_and_value(family):
         mapped(family, frobnicate=7)
 
 
-@pytest.mark.parametrize("family", MINIMAL)
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])  # those that Transformers has a config for
 def test_standard_fields_are_understood(family):
     from transformers import AutoConfig
 
@@ -93,7 +109,7 @@ def test_aliases_that_disagree_are_refused():
 
 @pytest.mark.parametrize("family", MINIMAL)
 def test_a_width_that_does_not_divide_is_refused(family):
-    name = {"bloom": "n_head", "mpt": "n_heads", "falcon": "num_attention_heads"}[family]
+    name = next(name for name in ("n_head", "n_heads", "num_attention_heads") if name in MINIMAL[family])
     with pytest.raises(ConfigFieldError, match=r"width of 48 .* 7 heads"):
         mapped(family, **{name: 7})
 

@@ -1,4 +1,7 @@
-"""`inspect_checkpoint`: what a checkpoint is and what converting it takes, from its headers alone; writes nothing."""
+"""`inspect_checkpoint`: what a checkpoint is and what converting it takes; writes nothing.
+
+Of the weight files only the headers are read, and the slopes where they are stored.
+"""
 
 import json
 from dataclasses import asdict, dataclass

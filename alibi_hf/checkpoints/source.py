@@ -151,6 +151,11 @@ class Checkpoint:
             if group.fate == "config":
                 tensor = self.get(group.source)
                 require_finite(group.source, tensor)
+                if (tensor < 0).any():
+                    raise TensorError(
+                        f"{group.source} holds the slope {tensor.min().item()}; stored slopes are positive, and the "
+                        f"code that adds the bias negates them. Negate the tensor if its owner did so already."
+                    )
                 fields[group.targets[0]] = tensor.double().flatten().tolist()
         return fields
 

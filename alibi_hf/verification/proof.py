@@ -137,11 +137,12 @@ def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stor
     """Return what the output was compared with, in words."""
     weights = str(stored).removeprefix("torch.")
     cast = "as published" if stored == checkpoint.dtype else f"rounded to {weights}, the dtype of the output"
+    decode = "upstream's own in float64" if depends_on_call(checkpoint.config) else "the whole row"
     described = {
         "class": reference.class_name,
         "attn_implementation": reference.attn_implementation,
         "truth": "the same class in float64, with its bias from the closed form in float64 and its softmax in float64; "
-        "padded input: the same rows unpadded; cached decode: the whole row, where that is the same",
+        f"padded input: the same rows unpadded; cached decode: {decode}",
         "weights": cast,
     }
     if longer := longer_fields(reference, inputs.longest):

@@ -159,7 +159,9 @@ def test_to_and_back_is_bit_identical(heads, activation, tmp_path):
 
 def test_weights_are_transposed_and_c_fc2_is_the_gate(tmp_path):
     folder = btlm.write(tmp_path)
-    model, held = load_foreign(AlibiForCausalLM, folder), load_file(folder / "model.safetensors")
+    held = load_file(folder / "model.safetensors")
+    model, info = load_foreign(AlibiForCausalLM, folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]  # nothing to warn of
     layer = model.model.layers[1]
     assert torch.equal(layer.self_attn.k_proj.weight, held["transformer.h.1.attn.c_attn.weight"][:, 48:96].T)
     assert torch.equal(layer.self_attn.v_proj.bias, held["transformer.h.1.attn.c_attn.bias"][96:])
@@ -305,20 +307,20 @@ def test_slopes_that_no_file_holds_are_the_formulas(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("slopes", "error", "message"),
+    ("slopes", "message"),
     [
-        (torch.ones(8, 1), TensorError, r"slopes has shape \[8, 1\], config.json gives 6 heads"),
-        (torch.ones(1, 6), TensorError, r"slopes has shape \[1, 6\]"),
-        (torch.full((6, 1), float("nan")), TensorError, r"relative_pe.slopes holds 6 NaN"),
-        (-torch.ones(6, 1), ConfigFieldError, r"alibi_slopes must be finite and not negative"),
+        (torch.ones(8, 1), r"slopes has shape \[8, 1\], config.json gives 6 heads"),
+        (torch.ones(1, 6), r"slopes has shape \[1, 6\]"),
+        (torch.full((6, 1), float("nan")), r"relative_pe.slopes holds 6 NaN"),
+        (-torch.ones(6, 1), r"relative_pe.slopes holds the slope -1.0"),
     ],
 )
-def test_slopes_that_cannot_be_are_refused(slopes, error, message, tmp_path):
+def test_slopes_that_cannot_be_are_refused(slopes, message, tmp_path):
     folder = btlm.write(tmp_path / "source", slopes=slopes)
-    with pytest.raises(error, match=message):
+    with pytest.raises(TensorError, match=message):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(error, match=message):
+    with pytest.raises(TensorError, match=message):
         load_foreign(AlibiForCausalLM, folder)
 
 
@@ -376,9 +378,8 @@ def test_only_its_own_rounding_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("family", "kwargs", "rounding"),
     [
-        ("btlm", {"dtype": torch.bfloat16, "slopes": TRAINED}, "jais"),
         ("jais", {"raw": OLD}, "exact"),
-        ("btlm", {"raw": DYNAMIC}, "exact"),
+        ("btlm", {"raw": DYNAMIC, "dtype": torch.bfloat16, "slopes": TRAINED}, "exact"),
         ("jais", {"stored": False, "raw": {**OLD, **FIXED}, "heads": 1}, "jais"),
     ],
 )

@@ -67,7 +67,10 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 5GB.")] = "5GB",
     revision: Revision = None,
     rounding: Annotated[
-        str, typer.Option("--alibi-rounding", help="exact, or the family's name for upstream's rounding of the bias.")
+        str,
+        typer.Option(
+            "--alibi-rounding", help="exact, or bloom, falcon, baichuan or jais: upstream's own."
+        ),
     ] = "exact",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,

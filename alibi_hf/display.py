@@ -47,6 +47,10 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
+def _notes(notes: list[str]) -> dict[str, str]:
+    return {"notes": "; ".join(notes)} if notes else {}
+
+
 def _inspection(report: Inspection) -> Table:
     config = report.config
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
@@ -63,6 +67,7 @@ def _inspection(report: Inspection) -> Table:
         "memory to load": f"{size(report.memory_to_load)}, and {size(report.cache_per_token)} a cached token",
         "memory to convert": size(report.memory_to_convert),
         "disk to convert": size(report.disk_to_convert),
+        **_notes(report.notes),
     }
     return _pairs(report.source, rows)
 
@@ -101,6 +106,7 @@ def _conversion(report: Conversion) -> RenderableType:
             "tensors": ", ".join(f"{fates.count(fate)} {fate}" for fate in ("used", "tied", "dropped")),
             "weights": ", ".join(f"{file['name']} ({size(file['bytes'])})" for file in report.output["files"]),
             "parity": verified,
+            **_notes(report.notes),
         },
     )
     return summary if report.verification is None else Group(report.verification.table(), summary)

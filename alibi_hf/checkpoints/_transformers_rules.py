@@ -33,11 +33,11 @@ class RuleOps(ConversionOps):
 
 
 def to_transformers(rule: Rule) -> WeightRenaming | WeightConverter | None:
-    """The rule as Transformers' loader takes it; None for tensors that nothing reads.
+    """The rule as Transformers' loader takes it; None for tensors that no tensor of ours is made of.
 
     A tied copy goes to its own name, where Transformers ties it.
     """
-    if rule.fate == "dropped":
+    if rule.fate in ("dropped", "config"):
         return None
     layer = r"\1" if rule.per_layer else ""
     targets = [target.replace("{i}", layer) for target in rule.targets]

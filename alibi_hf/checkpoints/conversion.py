@@ -14,6 +14,7 @@ from alibi_hf.families._fields import defaults_used
 
 SCHEMA_VERSION = 1
 FILE = "conversion.json"
+CONFIG = "config.json"
 _PACKAGES = ("alibi-hf", "torch", "transformers", "safetensors", "huggingface_hub")
 
 
@@ -27,6 +28,7 @@ class Conversion:
         output: files (name, sha256, bytes) of the weights.
         tensors: source, target names, rule, fate and reason of every tensor.
         config: upstream's config ("from"), ours ("to") and the defaults that upstream's code fills in ("defaults").
+        notes: what a reader should know about the source, one sentence each.
         versions: of Python and the packages that took part.
         command: what was run.
         verified: True, False, or None where no verification was run.
@@ -38,6 +40,7 @@ class Conversion:
     output: dict[str, Any]
     tensors: list[dict[str, Any]]
     config: dict[str, Any]
+    notes: list[str]
     versions: dict[str, str]
     command: str
     verified: bool | None = None
@@ -54,13 +57,16 @@ class Conversion:
 
 
 def fates(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Source, target names, rule, fate and reason of every tensor; the reason of one put together says how."""
+    """Source, target names, rule, fate and reason of every tensor.
+
+    One that our config holds is used, too; the reason of one put together says how.
+    """
     return [
         {
             "source": group.source,
-            "target": list(group.targets),
+            "target": [f"{CONFIG}: {name}" if group.fate == "config" else name for name in group.targets],
             "rule": group.rule.describe(),
-            "fate": group.fate,
+            "fate": "used" if group.fate == "config" else group.fate,
             "reason": group.rule.reason or checkpoint.tensors[group.source].origin,
         }
         for group in checkpoint.groups
@@ -86,6 +92,7 @@ def record(
             "to": json.loads(checkpoint.config.to_json_string()),
             "defaults": defaults_used(checkpoint.raw, checkpoint.family.FIELDS),
         },
+        notes=checkpoint.notes,
         versions=versions(),
         command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )

@@ -124,7 +124,8 @@ def _load(
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The model through Transformers' loader, by way of a class whose name carries the conversions."""
-    made = {"__module__": cls.__module__, "foreign_loader": None}
+    unread = [rule.source_regex() for rule in checkpoint.rules if rule.fate in ("dropped", "config")]
+    made = {"__module__": cls.__module__, "foreign_loader": None, "_keys_to_ignore_on_load_unexpected": unread}
     mapped: Any = type(f"{cls.__name__}From{checkpoint.family_name.title()}", (cls,), made)
     conversions = [rule.to_transformers() for rule in checkpoint.rules]
     register_checkpoint_conversion_mapping(
@@ -147,8 +148,7 @@ def _check(checkpoint: Checkpoint, cls: type, config: AlibiConfig, info: dict[st
     missing = [name for name in info["missing_keys"] if is_lm or not name.startswith(_HEADS)]
     if missing:
         raise TensorError(f"{checkpoint.source} lacks {', '.join(sorted(missing)[:5])}, which {cls.__name__} needs.")
-    dropped = {group.source for group in checkpoint.groups if group.fate == "dropped"}
-    left = [name for name in info["unexpected_keys"] if name not in dropped and not name.startswith(_HEADS)]
+    left = [name for name in info["unexpected_keys"] if not name.startswith(_HEADS)]
     if left:
         raise TensorError(f"{checkpoint.source} holds {', '.join(sorted(left)[:5])}, which nothing reads.")
 

@@ -1,4 +1,7 @@
-"""`inspect_checkpoint`: what a checkpoint is and what converting it takes, from its headers alone; writes nothing."""
+"""`inspect_checkpoint`: what a checkpoint is and what converting it takes; writes nothing.
+
+Of the weight files only the headers are read, and the slopes where they are stored.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,6 +27,7 @@ class Inspection:
         class_name: our class with the checkpoint's head.
         reference: the upstream class that it is verified against; `reference_note` where that is not Transformers'.
         position: the position scheme in words.
+        notes: what else a reader should know, one sentence each.
         slopes: one a query head, as the model uses them.
         parameters: number of values, tied ones once.
         dtype: of most of the weights.
@@ -43,6 +47,7 @@ class Inspection:
     reference: str
     reference_note: str
     position: str
+    notes: list[str]
     slopes: list[float]
     parameters: int
     dtype: str
@@ -88,6 +93,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None, allow_pi
         reference=reference.class_name,
         reference_note=reference.reason,
         position=_position(checkpoint),
+        notes=checkpoint.notes,
         slopes=[float(slope) for slope in config_slopes(config)],
         parameters=checkpoint.parameters,
         dtype=str(checkpoint.dtype).removeprefix("torch."),
@@ -104,6 +110,10 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None, allow_pi
 def _position(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
     kind = "the slopes of config.json" if config.alibi_slopes else f"2^(-{config.alibi_bias_max} i / heads)"
+    if any(group.fate == "config" for group in checkpoint.groups):
+        kind = "the slopes stored in the checkpoint"
+    if config.alibi_scaling is not None:
+        kind += f" divided as alibi_scaling={config.alibi_scaling} says"
     return f"ALiBi, {config.alibi_distance} distance, {kind}, trained at {config.max_position_embeddings} tokens"
 
 

@@ -28,7 +28,7 @@ class Group:
 
     @property
     def fate(self) -> str:
-        """ "used", "tied" or "dropped"."""
+        """ "used", "tied", "dropped" or "config"; see `Rule`."""
         return self.rule.fate
 
 
@@ -136,7 +136,9 @@ def check_shapes(
     expected = dict(model.state_dict())
     filled: set[str] = set()
     for group in listed:
-        if group.fate == "dropped":
+        if group.fate == "config":
+            _check_per_head(group.source, shapes[group.source], config)
+        if group.fate in ("dropped", "config"):
             continue
         named = {target: f"{group.source} (as {target})" for target in group.targets}
         _refuse([named[name] for name in named if name not in expected], "no part of the model reads")
@@ -167,6 +169,15 @@ def check_dtypes(groups: Iterable[Group], dtypes: Mapping[str, torch.dtype]) -> 
                 f"{group.source} is stored as {stored}; a weight is float64, float32, bfloat16 or float16. Use the "
                 f"unquantised checkpoint."
             )
+
+
+def _check_per_head(source: str, shape: tuple[int, ...], config: AlibiConfig) -> None:
+    heads = config.num_attention_heads
+    if shape not in ((heads,), (heads, 1)):
+        raise TensorError(
+            f"{source} has shape {list(shape)}, config.json gives {heads} heads, so [{heads}, 1] or [{heads}]; weights "
+            f"and config belong to different checkpoints, or a size in config.json is wrong."
+        )
 
 
 __all__ = ["Group", "check_dtypes", "check_shapes", "head_class", "make_plan", "meta_model"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alibi_hf.errors import TensorError
 
-Fate = Literal["used", "tied", "dropped"]
+Fate = Literal["used", "tied", "dropped", "config"]
 _FOLDED_ROWS = 4096  # rows of a fold that are in float64 at a time
 BASE_PREFIX = "model."  # base_model_prefix of the Alibi classes: heads have it, AlibiModel itself does not
 
@@ -61,6 +61,21 @@ class Split:
     def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
         """Blocks [size, ...] to [sum(sizes), ...]."""
         return torch.cat(list(tensors))
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Weights [in, out] of Transformers' `Conv1D`, turned to [out, in] for `then`; biases go to `then` as they are."""
+
+    then: Operation = field(default_factory=Copy)
+
+    def forward(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """[in, out] to what `then` makes of [out, in]."""
+        return tuple(part.contiguous() for part in self.then.forward(tensor.t()))
+
+    def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What `then` made of [out, in] to [in, out]."""
+        return self.then.inverse(tensors).t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -124,9 +139,11 @@ class Rule:
 
     Args:
         source: upstream's name, `{i}` for the layer, without the optional `prefix`.
-        targets: our names in `AlibiForCausalLM`, `{i}` for the layer, in the order the operation gives them.
+        targets: our names in `AlibiForCausalLM`, `{i}` for the layer, in the order the operation gives them; of a
+            "config" tensor, the field of our config.
         operation: how the values move.
-        fate: "used"; "tied" (a copy of the first target, not stored again); "dropped".
+        fate: "used"; "tied" (a copy of the first target, not stored again); "dropped"; "config" (one number a query
+            head, which our config.json holds instead of a tensor).
         reason: why, for "tied" and "dropped".
         prefix: a start of the name that some files have and others lack, such as "transformer.".
         wrapper: a further start before the prefix that some files have, such as the "model." of a training framework.
@@ -188,7 +205,7 @@ class Rule:
 
     def describe(self) -> str:
         """The operation in words, for reports."""
-        if self.fate != "used":
+        if self.fate not in ("used", "config"):
             return self.fate
         words = repr(self.operation).removesuffix("()").lower()
         return f"folded: {words}" if self.folded else words
@@ -203,4 +220,4 @@ class Rule:
         return to_transformers(self)
 
 
-__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Normalised", "Operation", "Rule", "Split"]
+__all__ = ["BASE_PREFIX", "Copy", "Fate", "Interleaved", "Normalised", "Operation", "Rule", "Split", "Transposed"]

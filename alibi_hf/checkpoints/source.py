@@ -22,6 +22,7 @@ from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
 from alibi_hf.families import Family, find_family
+from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 # What travels with the weights besides them: tokenizer, chat template, licence.
@@ -38,6 +39,7 @@ CARRIED = (
     "LICENSE*",
 )
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+_SLOPES_EQUAL = 1e-6  # relative: what powers in float32 can be off by
 _CHECK_BLOCK = 1 << 24  # elements looked at together for NaN and Inf
 
 
@@ -107,6 +109,7 @@ class Checkpoint:
         opened.states = {shard: FileState.of(shard) for shard in opened.shards}
         check_shapes(groups, {name: info.shape for name, info in tensors.items()}, config, need_head)
         check_dtypes(groups, {name: info.dtype for name, info in tensors.items()})
+        opened.config = with_fields(config, {**opened._stored_fields(), **config_fields})
         return opened
 
     @property
@@ -130,10 +133,43 @@ class Checkpoint:
         return sorted({path for info in self.tensors.values() for path in info.files})
 
     @property
+    def notes(self) -> list[str]:
+        """What a reader of a report should know about this checkpoint, one sentence each."""
+        found = (self._slopes_note(group) for group in self.groups if group.fate == "config")
+        return [note for note in found if note]
+
+    def _slopes_note(self, group: Group) -> str:
+        """That stored slopes are rounded to 16 bits, or are others than the formula's; "" where neither is so."""
+        stored, dtype = self.get(group.source).double().flatten(), self.tensors[group.source].dtype
+        formula = torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=torch.float64)
+        far = float(((stored - formula).abs() / formula).max())
+        if dtype.itemsize > 2 and far < _SLOPES_EQUAL:
+            return ""
+        return (
+            f"stored slopes: {group.source} is kept as stored, in {str(dtype).removeprefix('torch.')}; it differs from "
+            f"ALiBi's formula by at most {far:.1e} of a slope"
+        )
+
+    def _stored_fields(self) -> dict[str, list[float]]:
+        """The fields of our config that tensors hold: the very numbers, whatever the dtype."""
+        fields = {}
+        for group in self.groups:
+            if group.fate == "config":
+                tensor = self.get(group.source)
+                require_finite(group.source, tensor)
+                if (tensor < 0).any():
+                    raise TensorError(
+                        f"{group.source} holds the slope {tensor.min().item()}; stored slopes are positive, and the "
+                        f"code that adds the bias negates them. Negate the tensor if its owner did so already."
+                    )
+                fields[group.targets[0]] = tensor.double().flatten().tolist()
+        return fields
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of the values."""
+        """The dtype of most of the values that are read."""
         sizes: dict[torch.dtype, int] = {}
-        for info in self.tensors.values():
+        for info in (self.tensors[group.source] for group in self.groups if group.fate != "dropped"):
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 

@@ -1,6 +1,7 @@
 """Slopes, positions and distances: everything that ALiBi adds to attention, in one place.
 
-* Slopes come from the closed form in float64 and are rounded to float32 once; they are never a buffer.
+* Slopes come from the closed form in float64, or from the config, and are rounded to float32 once; they are never a
+  buffer.
 * A distance is the number of unmasked tokens between query and key of one document; the bias is minus slope times
   distance, in float32, whatever the dtype of the model.
 * A masked token neither is read nor reads: its attention output is zero.
@@ -64,20 +65,33 @@ def config_slopes(config: Any, device: torch.device | str | None = None) -> torc
     return torch.tensor(exact, dtype=torch.float64).to(device=device, dtype=torch.float32)
 
 
-def scaled_slopes(config: Any, key_length: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def bias_dtype(config: Any, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the 16-bit dtype in which a model of `dtype` rounds slopes and bias as Jais does; None for float32."""
+    return dtype if config.alibi_rounding == "jais" and dtype.itemsize < 4 else None
+
+
+def scaled_slopes(
+    config: Any,
+    key_length: int | torch.Tensor,
+    device: torch.device | str | None,
+    rounded: torch.dtype | None = None,
+) -> torch.Tensor:
     """Return `config_slopes` divided by `alibi_scaling`, float32 `[num_attention_heads]`.
 
-    The divisor is a fixed factor, or `key_length / train_seq_len` where that is above one. Source: Cerebras' BTLM and
-    Jais, which take the total key length of the call.
+    The divisor is a fixed factor, or `key_length / train_seq_len` where that is above one. Slopes and quotient are
+    rounded to `rounded`, if given. Source: Cerebras' BTLM and Jais, which take the total key length of the call.
     """
     slopes = config_slopes(config, device)
+    slopes = slopes if rounded is None else slopes.to(rounded).float()
     scaling = config.alibi_scaling
     if scaling is None:
         return slopes
     if "factor" in scaling:
-        return slopes / scaling["factor"]
-    length = torch.as_tensor(key_length, dtype=torch.float32, device=device)
-    return slopes / (length / scaling["train_seq_len"]).clamp(min=1.0)
+        slopes = slopes / scaling["factor"]
+    else:
+        length = torch.as_tensor(key_length, dtype=torch.float32, device=device)
+        slopes = slopes / (length / scaling["train_seq_len"]).clamp(min=1.0)
+    return slopes if rounded is None else slopes.to(rounded).float()
 
 
 def rounded_row(config: Any, slopes: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +124,8 @@ class Distances:
         key_mask: bool `[batch, keys]`, True for a key that counts; None where all do.
         custom_mask: the caller's own mask `[batch or 1, heads or 1, queries, keys]`, bool (True: visible) or float
             (added); it then decides alone what is visible.
-        row: `[batch or 1, heads, keys]`, upstream's rounded bias; None in exact mode.
+        row: `[batch or 1, heads, keys]`, the bias of BLOOM and Falcon, rounded by position; None elsewhere.
+        rounded: the 16-bit dtype of Jais' bias, rounded by distance; None elsewhere.
         sqrt: the bias takes the square root of the distance.
         window: keys that provably cannot matter may be left out.
         window_eps: the share of a row's weight that may be left out; None: from the dtype.
@@ -128,6 +143,7 @@ class Distances:
     key_mask: torch.Tensor | None = None
     custom_mask: torch.Tensor | None = None
     row: torch.Tensor | None = None
+    rounded: torch.dtype | None = None
     sqrt: bool = False
     window: bool = False
     window_eps: float | None = None
@@ -182,6 +198,8 @@ class Distances:
         Args:
             delta: query position minus key position, int `[batch or 1, q, k]`.
         """
+        if self.rounded is not None:
+            return -(self.slopes[:, None, None].to(self.rounded) * delta[:, None].to(self.rounded)).float()
         distance = delta[:, None].to(torch.float32)
         if self.sqrt:
             distance = distance.clamp(min=0).sqrt()

@@ -67,8 +67,9 @@ class AlibiConfig(PreTrainedConfig):
         alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` divides the slopes by `f`;
             `{"type": "linear", "train_seq_len": n}` by `key length / n` once the key length of the call passes `n`,
             so that, as upstream, decoding changes the slopes with every token.
-        alibi_rounding (`"exact"`, `"bloom"`, `"falcon"` or `"baichuan"`): `"exact"` is ALiBi in float32 on relative
-            distances; the others round slopes and bias bit for bit as upstream's class of that family does.
+        alibi_rounding (`"exact"`, `"bloom"`, `"falcon"`, `"baichuan"` or `"jais"`): `"exact"` is ALiBi in float32 on
+            relative distances; the others round slopes and bias bit for bit as upstream's class of that family does
+            (`"jais"`: BTLM's and Jais', which round both to the dtype of the model).
         attention_dropout, hidden_dropout, embedding_dropout (`float`): dropout in training.
         attention_window (`bool`, defaults to `True`): leave out, head by head, keys that provably cannot change what
             attention computes, where that is faster. Dense attention without it; the numbers agree.
@@ -131,7 +132,7 @@ class AlibiConfig(PreTrainedConfig):
     alibi_slopes: list | None = None
     alibi_distance: Literal["linear", "sqrt"] = "linear"
     alibi_scaling: dict | None = None
-    alibi_rounding: Literal["exact", "bloom", "falcon", "baichuan"] = "exact"
+    alibi_rounding: Literal["exact", "bloom", "falcon", "baichuan", "jais"] = "exact"
     learned_positions: bool = False
     sinusoidal_positions: bool = False
     rope_parameters: dict | None = None
@@ -222,14 +223,21 @@ class AlibiConfig(PreTrainedConfig):
                 )
             if not all(math.isfinite(slope) and slope >= 0 for slope in self.alibi_slopes):
                 raise ValueError(f"alibi_slopes must be finite and not negative, found {self.alibi_slopes}.")
-        plain = self.alibi_distance == "linear" and self.alibi_scaling is None and self.alibi_bias_max == 8
-        if self.alibi_rounding != "exact" and not (plain and self._has_usual_slopes()):
+        if self.alibi_rounding != "exact" and not self._rounds_its_own():
             raise ValueError(
                 f"alibi_rounding={self.alibi_rounding!r} reproduces upstream's own slopes; it cannot be combined with "
                 f"alibi_distance={self.alibi_distance!r}, alibi_scaling={self.alibi_scaling!r}, "
                 f"alibi_bias_max={self.alibi_bias_max} and alibi_slopes={self.alibi_slopes}."
             )
         self._validate_alibi_scaling()
+
+    def _rounds_its_own(self) -> bool:
+        """True if upstream's rounded code has these slopes, distances and scaling."""
+        if self.alibi_distance != "linear":
+            return False
+        if self.alibi_rounding == "jais":  # its slopes are a tensor of the checkpoint, and may be scaled
+            return True
+        return self.alibi_scaling is None and self.alibi_bias_max == 8 and self._has_usual_slopes()
 
     def _has_usual_slopes(self) -> bool:
         """True if `alibi_slopes` is not set, or says what upstream's rounded code computes too."""
@@ -245,7 +253,7 @@ class AlibiConfig(PreTrainedConfig):
             return
         value = scaling.get("factor", scaling.get("train_seq_len"))
         named = set(scaling) in ({"type", "factor"}, {"type", "train_seq_len"})
-        if not named or scaling["type"] != "linear" or not isinstance(value, (int, float)) or value <= 1:
+        if not named or scaling["type"] != "linear" or not isinstance(value, (int, float)) or not 1 < value < math.inf:
             raise ValueError(
                 f'alibi_scaling={scaling!r} must be {{"type": "linear", "factor": more than 1}} or '
                 f'{{"type": "linear", "train_seq_len": more than 1}}.'

@@ -143,7 +143,7 @@ def _check_call(
         )
     _refuse(
         sqrt=distances.sqrt,
-        rounded=distances.row is not None,
+        rounded=distances.row is not None or distances.rounded is not None,
         head_dim=query.shape[-1],
         scaling=scaling,
         custom_mask=distances.custom_mask is not None,

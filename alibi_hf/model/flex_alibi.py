@@ -5,7 +5,8 @@
 * The blocks of steep heads past the provable window are not read either (`window_alibi`), forward and backward.
 * The kernels are compiled once for each kind of call; lengths, windows, documents and padding are data to them.
 * On CPU FlexAttention holds the scores, as eager does: it runs uncompiled there, has no backward, and cannot be lowered
-  inside a compiled model, where eager attention takes its place; as it does in float64 on CUDA, which the kernels lack.
+  inside a compiled model, where eager attention takes its place; as it does on CUDA in float64, which the kernels lack,
+  and for Jais' rounding, which they leave out.
 
 Source of the interface: PyTorch, `torch.nn.attention.flex_attention`.
 """
@@ -49,7 +50,8 @@ def flex_alibi(
     if dropout > 0:
         raise ValueError(f"flex_attention has no dropout, attention_dropout is {dropout}; use 'sdpa' or 'eager'.")
     compiled = has_kernels(query)
-    if not compiled and (is_tracing() or query.device.type != "cpu"):
+    kept_in_float32 = compiled and distances.rounded is not None  # by the compiler, which leaves out the rounding
+    if kept_in_float32 or (not compiled and (is_tracing() or query.device.type != "cpu")):
         return eager_attention(query, key, value, distances, scaling, 0.0, softcap)[0]
     with torch.autocast(query.device.type, enabled=False):  # it would round the bias to 16 bits
         if compiled and _fits_blocks(query, key, distances):
@@ -284,6 +286,8 @@ def _bias_mod(distances: Distances, aligned: bool = False) -> Callable[..., torc
         return lambda b, h, q, k: row[_at(row, 0, b), h, k].float()
 
     def of_distance(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        if distances.rounded is not None:
+            return -(slopes[h].to(distances.rounded) * delta.to(distances.rounded)).float()
         distance = delta.to(torch.float32)
         return -slopes[h] * (distance.clamp(min=0).sqrt() if distances.sqrt else distance)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .bias_alibi import Distances, rounded_row, scaled_slopes
+from .bias_alibi import Distances, bias_dtype, rounded_row, scaled_slopes
 
 
 def is_tracing() -> bool:
@@ -139,13 +139,15 @@ def make_distances(
         if isinstance(offset, torch.Tensor):  # a static cache hands out its live counter
             offset = offset.to(device, copy=True)
     query_index = torch.arange(queries, device=device) + offset
+    rounded = bias_dtype(config, embeds.dtype)
     distances = Distances(
-        slopes=scaled_slopes(config, offset + queries, device),
+        slopes=scaled_slopes(config, offset + queries, device, rounded),
         query_index=query_index,
         num_keys=keys,
         offset=offset,
+        rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
-        window=config.attention_window,
+        window=config.attention_window and rounded is None,  # windows are proved for the exact bias
         window_eps=config.attention_window_eps,
     )
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -179,13 +181,15 @@ def make_paged_distances(config: Any, embeds: torch.Tensor, kwargs: dict, attent
     request_q, request_k = request_of(query_index, bounds_q), request_of(key_index, bounds_k)
     # The last query of a request sits at the request's last key.
     query_position = query_index - bounds_q[request_q + 1] + (bounds_k[request_q + 1] - bounds_k[request_q])
+    rounded = bias_dtype(config, embeds.dtype)
     distances = Distances(
-        slopes=scaled_slopes(config, mask.shape[-1], device),
+        slopes=scaled_slopes(config, mask.shape[-1], device, rounded),
         query_index=query_index,
         num_keys=mask.shape[-1],
         query_position=query_position[None],
         key_position=(key_index - bounds_k[request_k])[None],
         custom_mask=mask,
+        rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
     )
     _refuse_scaling(config, distances)
@@ -252,7 +256,7 @@ def _refuse_scaling(config: Any, distances: Distances) -> None:
 
 
 def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None:
-    if config.alibi_rounding == "exact" or not config.alibi:
+    if config.alibi_rounding not in ("bloom", "falcon") or not config.alibi:
         return
     positions = distances.key_position
     if positions is None:

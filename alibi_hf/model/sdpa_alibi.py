@@ -87,6 +87,7 @@ def _row_fits(query: torch.Tensor, distances: Distances) -> bool:
     return (
         query.dtype == torch.bfloat16
         and not distances.sqrt
+        and distances.rounded is None
         and not torch.is_grad_enabled()
         and query.shape[2] == distances.num_keys <= ROW_TOKENS
         and fused_row_is_causal()

@@ -148,6 +148,7 @@ def _by_index(distances: Distances, queries: int, keys: int) -> Distances:
             query_index=torch.arange(queries, device=distances.slopes.device) + offset,
             num_keys=keys,
             offset=offset,
+            rounded=distances.rounded,
             sqrt=distances.sqrt,
             window=distances.window,
             window_eps=distances.window_eps,

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from alibi_hf.checkpoints.reference import reference_name
 from alibi_hf.checkpoints.source import Checkpoint, with_fields
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.report import BiasSample, Check
-from alibi_hf.verification.subjects import longer_fields
+from alibi_hf.verification.subjects import depends_on_call, longer_fields
 
 TOLERANCE = 1e-6
 VOCABULARY = 8
-WHERE = "all heads, two queries, without a mask and with left padding"
+WHERE = "all heads, two queries"
 ROUNDED_LENGTH = 300  # positions past 256 are not bfloat16 numbers, so a bias rounded to it differs there for any slope
 SAMPLED = 24  # distances of the sample that is drawn, at most
 LAYER_FIELDS = ("n_layer", "n_layers", "num_hidden_layers")
@@ -39,9 +40,11 @@ class Feed:
     mask: torch.Tensor | None
 
 
-def make_feeds(length: int) -> list[Feed]:
-    """Return one row without a mask, and two rows of which the second is padded by a quarter."""
+def make_feeds(length: int, padded: bool = True) -> list[Feed]:
+    """Return one row without a mask and, with `padded`, two rows of which the second is padded by a quarter."""
     ids = torch.arange(length)[None] % VOCABULARY
+    if not padded:
+        return [Feed(ids, None)]
     mask = torch.ones(2, length, dtype=torch.long)
     mask[1, : length // 4] = 0
     return [Feed(ids, None), Feed(ids.expand(2, -1), mask)]
@@ -55,6 +58,7 @@ class BiasProbe:
         small = {name: 1 for name in LAYER_FIELDS if name in checkpoint.raw} | {"vocab_size": VOCABULARY}
         self.raw = {**checkpoint.raw, **small, **longer_fields(reference, length)}
         self.reference = reference
+        self.stored = [(group, checkpoint.get(group.source)) for group in checkpoint.groups if group.fate == "config"]
         self.config = with_fields(config, {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "pad_token_id": None})
 
     @torch.no_grad()
@@ -62,9 +66,10 @@ class BiasProbe:
         self, dtype: torch.dtype, feed: Feed, patches: AbstractContextManager[None] | None = None
     ) -> torch.Tensor:
         """Return upstream's bias as it arrives at its attention `[batch, heads, queries or 1, keys]`, in its dtype."""
-        model = self.reference.build(self.raw, dtype).to_empty(device="cpu")
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.zero_()
+        model = _without_weights(self.reference.build(self.raw, dtype))
+        state = model.state_dict()
+        for group, values in self.stored:  # the bias depends on these
+            state[reference_name(group, set(state))].view(-1).copy_(values.view(-1))
         module = self.reference.attention_modules(model)[0]
         with patches or nullcontext():
             bias = _capture(model, module, self.reference.bias_argument, feed)
@@ -72,6 +77,17 @@ class BiasProbe:
         if self.reference.bias_layout == "heads":
             return bias[None, :, :, -keys:].expand(rows, -1, -1, -1)
         return bias.view(rows, -1, 1, keys) if self.reference.bias_layout == "flat" else bias
+
+    def feeds(self, length: int) -> list[Feed]:
+        """Return the inputs to compare at; nothing is padded where the bias depends on the length of the call."""
+        return make_feeds(length, padded=not depends_on_call(self.config))
+
+    @property
+    def where(self) -> str:
+        """What is compared, in words."""
+        return WHERE + (
+            ", without a mask" if depends_on_call(self.config) else ", without a mask and with left padding"
+        )
 
     @torch.no_grad()
     def ours(self, dtype: torch.dtype, feed: Feed, rounding: str) -> Distances:
@@ -85,6 +101,11 @@ class BiasProbe:
         feed = make_feeds(ROUNDED_LENGTH)[0]
         own = self.upstream(torch.float64, feed, self.reference.truth())
         return not torch.equal(own, self.upstream(torch.float64, feed, self.reference.exact_truth()))
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """Return `model` with zeros for what has no memory yet; what its class computes itself, such as slopes, stays."""
+    return model._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
 
 
 class _Caught(Exception):
@@ -142,14 +163,17 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor, feed: Feed, query: 
     return worst
 
 
-def check_bias(probe: BiasProbe, lengths: list[int], family: str) -> list[Check]:
-    """Return the bias checks: against the float64 truth, against upstream as it stands, and bit for bit."""
+def check_bias(probe: BiasProbe, lengths: list[int], rounding: str) -> list[Check]:
+    """Return the bias checks: against the float64 truth, against upstream as it stands, and bit for bit.
+
+    `rounding` is the `alibi_rounding` that reproduces upstream's own; "" where there is none to reproduce.
+    """
     checks = []
     own = probe.rounds()
     for length in lengths:
         checks += [_exact_check(probe, length), _upstream_check(probe, length, gated=not own)]
-    if family in ("bloom", "falcon", "baichuan"):
-        checks += [_bits_check(probe, lengths[-1], family, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    if rounding:
+        checks += [_bits_check(probe, lengths[-1], rounding, dtype) for dtype in (torch.float32, torch.bfloat16)]
     return checks
 
 
@@ -172,14 +196,14 @@ def _queries(length: int) -> tuple[int, ...]:
 def _exact_check(probe: BiasProbe, length: int) -> Check:
     """Ours in exact mode against the closed form in float64, each bias by itself."""
     error = _worst(probe, length, torch.float64, probe.reference.exact_truth, elementwise=True)
-    note = f"relative to each bias; {WHERE}"
+    note = f"relative to each bias; {probe.where}"
     return Check("bias, against float64", "float32", length, error, None, TOLERANCE, error <= TOLERANCE, note=note)
 
 
 def _upstream_check(probe: BiasProbe, length: int, gated: bool) -> Check:
     """Ours in exact mode against what upstream's own attention is given in float32."""
     error = _worst(probe, length, torch.float32, nullcontext, elementwise=False)
-    note = f"relative to the largest bias of the head; {WHERE}"
+    note = f"relative to the largest bias of the head; {probe.where}"
     note += "" if gated else "; upstream rounds it to bfloat16: shown, not gated"
     limit = TOLERANCE if gated else None
     passed = error <= TOLERANCE if gated else True
@@ -195,7 +219,7 @@ def _worst(
 ) -> float:
     """Return the largest relative error of our exact bias over feeds and queries."""
     errors = []
-    for feed in make_feeds(length):
+    for feed in probe.feeds(length):
         theirs, distances = probe.upstream(dtype, feed, patches()), probe.ours(torch.float32, feed, "exact")
         for query in _queries(length):
             ours = our_bias(distances, query)
@@ -203,19 +227,19 @@ def _worst(
     return max(errors, key=lambda error: (error != error, error))  # NaN first
 
 
-def _bits_check(probe: BiasProbe, length: int, family: str, dtype: torch.dtype) -> Check:
+def _bits_check(probe: BiasProbe, length: int, rounding: str, dtype: torch.dtype) -> Check:
     """Ours with upstream's rounding against what upstream's attention is given: every bit."""
     differ = 0
-    for feed in make_feeds(length):
-        theirs, distances = probe.upstream(dtype, feed), probe.ours(dtype, feed, family)
+    for feed in probe.feeds(length):
+        theirs, distances = probe.upstream(dtype, feed), probe.ours(dtype, feed, rounding)
         for query in _queries(length):
             ours = our_bias(distances, query)
             for row, keys in _visible(feed, query):
                 a, b = _row(ours, row)[:, keys], _row(_at(theirs, query), row)[:, keys]
                 differ += int((a != b.float()).sum())
-    name, words = f'bias bits, alibi_rounding="{family}"', str(dtype).removeprefix("torch.")
+    name, words = f'bias bits, alibi_rounding="{rounding}"', str(dtype).removeprefix("torch.")
     return Check(
-        name, words, length, float(differ), None, 0.0, differ == 0, metric="differ", note=f"bit for bit; {WHERE}"
+        name, words, length, float(differ), None, 0.0, differ == 0, metric="differ", note=f"bit for bit; {probe.where}"
     )
 
 

@@ -16,13 +16,13 @@ from torch import nn
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.families._reference import Reference
 from alibi_hf.verification.controls import run_controls
-from alibi_hf.verification.generation import Greedy, check_greedy, run_decode, run_greedy
+from alibi_hf.verification.generation import Greedy, check_greedy, run_decode, run_greedy, run_whole
 from alibi_hf.verification.gradients import Training, check_training, compare_training, train_ours, train_upstream
 from alibi_hf.verification.inputs import STEPS, Inputs
 from alibi_hf.verification.logits import kept_positions, run_padded, run_row, run_unpadded
 from alibi_hf.verification.measure import GATES, Difference, compare_logits, judge
 from alibi_hf.verification.report import BiasSample, Check, Control
-from alibi_hf.verification.subjects import compared_groups, load_ours, load_upstream
+from alibi_hf.verification.subjects import compared_groups, depends_on_call, load_ours, load_upstream
 
 Progress = Callable[[str, int, int], None]  # what comes, steps done, steps in all
 Key = tuple[str, int]  # name of a check, length
@@ -110,16 +110,19 @@ class Runner:
         """Run everything that gives logits, in the ways that have to agree."""
         inputs = self.inputs
         yield from self._rows(model)
-        yield (PADDED, inputs.padded[0].shape[1]), run_padded(model, inputs.padded, inputs.pad)
+        if inputs.padded:
+            yield (PADDED, inputs.padded[0].shape[1]), run_padded(model, inputs.padded, inputs.pad)
         yield (DECODED, inputs.decode.shape[1]), run_decode(model, inputs.decode, inputs.prefill)
 
     def _truth(self, comparison: Comparison) -> tuple[dict[Key, torch.Tensor], Training]:
-        """The same logits with neither padding nor cache: rows alone, and whole."""
+        """The same logits with neither padding nor cache: rows alone, and whole, unless the call's length matters."""
         model, inputs = self._upstream(torch.float64), self.inputs
         with comparison.truth():
             results = dict(self._rows(model))
-            results[PADDED, inputs.padded[0].shape[1]] = run_unpadded(model, inputs.padded)
-            results[DECODED, inputs.decode.shape[1]] = run_row(model, inputs.decode)[:, inputs.prefill :]
+            if inputs.padded:
+                results[PADDED, inputs.padded[0].shape[1]] = run_unpadded(model, inputs.padded)
+            decode = run_decode if depends_on_call(self.checkpoint.config) else run_whole
+            results[DECODED, inputs.decode.shape[1]] = decode(model, inputs.decode, inputs.prefill)
             return results, train_upstream(model, inputs.training, compared_groups(self.checkpoint))
 
     def _as_it_stands(self, truth: dict[Key, torch.Tensor], comparison: Comparison) -> None:

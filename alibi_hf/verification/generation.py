@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,21 @@ from alibi_hf.verification.logits import pad_left, run_row
 from alibi_hf.verification.report import Check
 
 
+def has_cache(model: nn.Module) -> bool:
+    """True if `model` takes a cache: plain references mostly have none."""
+    return "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def run_whole(model: nn.Module, ids: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Return what `run_decode` does, from whole rows: right where the length of a call changes nothing."""
+    return run_row(model, ids)[:, prefill:]
+
+
 @torch.no_grad()
 def run_decode(model: nn.Module, ids: torch.Tensor, prefill: int) -> torch.Tensor:
     """Return the logits `[batch, steps, vocabulary]` of what follows `prefill`, fed one by one through the cache."""
-    if not hasattr(model, "generate"):  # a reference without a cache: the same positions of the whole row
-        return run_row(model, ids)[:, prefill:]
+    if not has_cache(model):
+        return run_whole(model, ids, prefill)
     cache = model(input_ids=ids[:, :prefill], use_cache=True).past_key_values
     steps = []
     for index in range(prefill, ids.shape[1]):
@@ -39,7 +50,7 @@ class Greedy:
 def run_greedy(model: Any, rows: list[torch.Tensor], steps: int, pad: int) -> Greedy:
     """Generate `steps` tokens for each row greedily, never stopping early; the rows are one left-padded batch."""
     if not hasattr(model, "generate"):
-        return _greedy_whole(model, rows, steps)
+        return _greedy_by_hand(model, rows, steps)
     ids, mask = pad_left(rows, pad)
     model.generation_config = GenerationConfig(
         max_new_tokens=steps, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
@@ -48,15 +59,18 @@ def run_greedy(model: Any, rows: list[torch.Tensor], steps: int, pad: int) -> Gr
     return Greedy(output.sequences[:, ids.shape[1] :], torch.stack(output.logits, dim=1))
 
 
-def _greedy_whole(model: nn.Module, rows: list[torch.Tensor], steps: int) -> Greedy:
-    """The same for a reference without a cache: the whole row again for every token."""
+def _greedy_by_hand(model: nn.Module, rows: list[torch.Tensor], steps: int) -> Greedy:
+    """The same for a reference that does not generate: with its cache, or the whole row again for every token."""
     chosen, logits = [], []
     for row in rows:
-        start = row.shape[1]
+        start, cache, fed = row.shape[1], None, 0
         for _ in range(steps):
-            last = run_row(model, row)[:, -1]
-            logits.append(last)
-            row = torch.cat([row, last.argmax(-1, keepdim=True)], dim=1)
+            cached = {"past_key_values": cache, "use_cache": True} if has_cache(model) else {}
+            output = model(input_ids=row[:, fed:], **cached)
+            if cached:
+                cache, fed = output.past_key_values, row.shape[1]
+            logits.append(output.logits[:, -1])
+            row = torch.cat([row, logits[-1].argmax(-1, keepdim=True)], dim=1)
         chosen.append(row[:, start:])
     return Greedy(torch.cat(chosen), torch.stack(logits, dim=1).view(len(rows), steps, -1))
 

@@ -10,6 +10,7 @@ import torch
 from alibi_hf.errors import AlibiError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification.logits import kept_positions
+from alibi_hf.verification.subjects import depends_on_call
 from alibi_hf.verification.text import Tokens
 
 LONGEST_ANCHOR = 2048  # decoding and generation happen around the training length, but not further out
@@ -37,10 +38,12 @@ class Inputs:
 
     Attributes:
         rows: `[batch, length]`, one for each length that is compared; the shorter, the more rows.
-        padded: rows `[1, n_i]` of different lengths that become one left-padded batch.
+        padded: rows `[1, n_i]` of different lengths that become one left-padded batch; none where padding would change
+            the answer (`depends_on_call`).
         decode: `[batch, prefill + steps]`: `prefill` tokens are read at once, the others one at a time; where the
             lengths allow, the training length lies in between.
-        prompts: rows `[1, n_i]` that are continued by `STEPS` tokens, past the training length.
+        prompts: rows `[1, n_i]` that are continued by `STEPS` tokens, past the training length; of one length where
+            padding would change the answer.
         training: `[2, length]`, for loss and gradients.
         pad: the id that fills padding; it is masked.
     """
@@ -61,8 +64,8 @@ class Inputs:
     @property
     def batches(self) -> list[tuple[int, int]]:
         """(rows, length) of every batch that is run without gradients."""
-        padded = (len(self.padded), self.padded[0].shape[1])
-        return [(len(row), row.shape[1]) for row in [*self.rows, self.decode]] + [padded]
+        padded = [(len(self.padded), self.padded[0].shape[1])] if self.padded else []
+        return [(len(row), row.shape[1]) for row in [*self.rows, self.decode]] + padded
 
     def kept(self, vocab_size: int) -> int:
         """Return the number of positions whose true logits are kept for comparing."""
@@ -88,7 +91,7 @@ def make_inputs(tokens: Tokens, config: AlibiConfig, lengths: Sequence[int] | No
         return tokens.rows(min(most, max(least, wanted // length)), length).to(device)
 
     longest = min(anchor, LONGEST_PADDED)
-    texts = rows(longest, 3, 24, positions // 2).split(1)
+    texts = () if depends_on_call(config) else rows(longest, 3, 24, positions // 2).split(1)
     pad = config.pad_token_id
     prompts = tokens.rows(2, prefill).to(device).split(1)
     return Inputs(
@@ -96,7 +99,7 @@ def make_inputs(tokens: Tokens, config: AlibiConfig, lengths: Sequence[int] | No
         padded=[text[:, : max(1, longest * PARTS[number % 3] // 8)] for number, text in enumerate(texts)],
         decode=rows(prefill + STEPS, 2, 16, DECODE_POSITIONS),
         prefill=prefill,
-        prompts=[prompts[0], prompts[1][:, : max(1, prefill // 2)]],
+        prompts=[prompts[0], prompts[1] if depends_on_call(config) else prompts[1][:, : max(1, prefill // 2)]],
         training=tokens.rows(2, min(anchor, TRAINING_LENGTH)).to(device),
         pad=pad if pad is not None and 0 <= pad < config.vocab_size else 0,
     )

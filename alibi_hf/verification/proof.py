@@ -26,7 +26,7 @@ from alibi_hf.verification.memory import (
     require_memory,
 )
 from alibi_hf.verification.report import PARTS, Verification, is_enough
-from alibi_hf.verification.subjects import longer_fields, quiet, read_config
+from alibi_hf.verification.subjects import depends_on_call, longer_fields, quiet, read_config
 from alibi_hf.verification.tensors import check_tensors, stored_dtype
 from alibi_hf.verification.text import make_tokens
 
@@ -108,7 +108,7 @@ def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
         runner.checks.append(check_tensors(checkpoint, runner.output))
     if "bias" in only:
         runner.say("bias")
-        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
+        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), _own_rounding(checkpoint))
         runner.bias = sample_bias(probe, longest)
     if "layers" in only:
         for comparison in comparisons:
@@ -117,6 +117,11 @@ def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
         for comparison in comparisons:
             runner.run(comparison)
     runner.say("done")
+
+
+def _own_rounding(checkpoint: Checkpoint) -> str:
+    """Return the `alibi_rounding` that is the family's own, "" if it has none."""
+    return next((rounding for rounding in checkpoint.family.ROUNDINGS if rounding != "exact"), "")
 
 
 def _comparisons(checkpoint: Checkpoint, reference: Reference, rounds: bool) -> list[Comparison]:
@@ -160,11 +165,12 @@ def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stor
     """Return what the output was compared with, in words."""
     weights = str(stored).removeprefix("torch.")
     cast = "as published" if stored == checkpoint.dtype else f"rounded to {weights}, the dtype of the output"
+    decode = "upstream's own in float64" if depends_on_call(checkpoint.config) else "the whole row"
     described = {
         "class": reference.class_name,
         "attn_implementation": reference.attn_implementation,
         "truth": "the same class in float64, with its bias from the closed form in float64 and its softmax in float64; "
-        "padded input: the same rows unpadded; cached decode: the whole row",
+        f"padded input: the same rows unpadded; cached decode: {decode}",
         "weights": cast,
     }
     if longer := longer_fields(reference, inputs.longest):
@@ -179,11 +185,16 @@ def _describe(checkpoint: Checkpoint, reference: Reference, inputs: Inputs, stor
 def _notes(
     checkpoint: Checkpoint, reference: Reference, inputs: Inputs, lengths: Sequence[int] | None, only: Sequence[str]
 ) -> list[str]:
-    notes = []
+    notes = list(checkpoint.notes)
     trained = checkpoint.config.max_position_embeddings
     if inputs.rows[-1].shape[1] <= trained:
         chosen = "as asked for" if lengths else f"by default {default_lengths(trained)} are run"
         notes.append(f"nothing beyond the training length of {trained} tokens was run ({chosen}); give lengths= for it")
+    if depends_on_call(checkpoint.config):
+        notes.append(
+            "alibi_scaling divides the slopes by the length of the call: padded rows have no answer and are not run, "
+            "and the truth of cached decode is upstream's own cached decode in float64"
+        )
     if not reference.has_cache:
         notes.append("the reference has no cache: upstream's decoding and generation are its whole rows")
     if not is_enough(only):

@@ -37,6 +37,11 @@ def longer_fields(reference: Reference, length: int) -> dict[str, Any]:
     return {reference.length_field: length}
 
 
+def depends_on_call(config: AlibiConfig) -> bool:
+    """True where the slopes depend on how many tokens a call has: neither padding nor a cache leaves logits alone."""
+    return config.alibi_scaling is not None and "train_seq_len" in config.alibi_scaling
+
+
 def load_upstream(
     checkpoint: Checkpoint, reference: Reference, dtype: torch.dtype, length: int, stored: torch.dtype, device: str
 ) -> nn.Module:

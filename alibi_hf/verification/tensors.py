@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.reading import read_tensor
 from alibi_hf.checkpoints.shards import list_tensors
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification.report import Check
+from alibi_hf.verification.subjects import read_config
 
 
 def stored_dtype(output: str | Path) -> torch.dtype:
@@ -27,6 +29,7 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
     """
     held = list_tensors(Path(output))
     used = [group for group in checkpoint.groups if group.fate == "used"]
+    in_config = [group for group in checkpoint.groups if group.fate == "config"]
     wrong, cast = [], False
     for group in used:
         if any(name not in held for name in group.targets):
@@ -43,7 +46,9 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
     wrong += [f"{name} (nothing in the source)" for name in extra]
     tied = [group for group in checkpoint.groups if group.fate == "tied"]
     wrong += [f"{group.source} (not tied)" for group in tied if not _is_tied(checkpoint, group.source, group.targets)]
-    count = f"{len(used)} tensors used, {len(tied)} tied, {len(checkpoint.groups) - len(used) - len(tied)} dropped"
+    wrong += [f"{group.source} (in config.json)" for group in in_config if not _is_in_config(checkpoint, group, output)]
+    kept = len(used) + len(in_config)
+    count = f"{kept} tensors used, {len(tied)} tied, {len(checkpoint.groups) - kept - len(tied)} dropped"
     if folded := sum(group.rule.folded for group in used):
         count += f", {folded} of the used folded (the source was folded again to compare)"
     note = f"{count}; {'equal after the cast' if cast else 'bit for bit'}" if not wrong else f"differ: {wrong[:5]}"
@@ -56,6 +61,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _is_in_config(checkpoint: Checkpoint, group: Group, output: str | Path) -> bool:
+    """True if the field of the output's config holds the tensor's very numbers; a cast of the output spares it."""
+    values = getattr(read_config(output), group.targets[0])
+    return values is not None and same_bits(
+        checkpoint.get(group.source).double().flatten(), torch.tensor(values, dtype=torch.float64)
+    )
 
 
 def _is_tied(checkpoint: Checkpoint, name: str, targets: tuple[str, ...]) -> bool:

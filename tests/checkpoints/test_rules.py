@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from alibi_hf.checkpoints.plan import make_plan
-from alibi_hf.checkpoints.rules import Interleaved, Rule, Split
+from alibi_hf.checkpoints.rules import Interleaved, Rule, Split, Transposed
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import TensorError
 from tests.builders import FAMILIES, bloom, falcon, foundry
 
 
-@pytest.mark.parametrize("operation", [Split((24, 8, 8)), Interleaved(5, 4), Interleaved(2, 2)])
+@pytest.mark.parametrize("operation", [Split((24, 8, 8)), Interleaved(5, 4), Interleaved(2, 2), Transposed()])
 @pytest.mark.parametrize("shape", [(40, 3), (40,)])
 def test_operations_invert_bit_for_bit(operation, shape):
     tensor = torch.randn(shape)
@@ -24,6 +24,14 @@ def test_interleaved_takes_the_rows_head_by_head():
     query, key, value = Interleaved(2).forward(rows)
     assert query.tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     assert key.tolist()[:4] == [4, 5, 6, 7] and value.tolist()[:4] == [8, 9, 10, 11]
+
+
+def test_conv1d_weights_are_turned_and_then_split():
+    weight, bias = torch.arange(12).view(2, 6), torch.arange(6)  # 2 in, 6 out
+    query, key = Transposed(Split((4, 2))).forward(weight)
+    assert query.tolist() == [[0, 6], [1, 7], [2, 8], [3, 9]] and key.tolist() == [[4, 10], [5, 11]]
+    assert query.is_contiguous() and torch.equal(Transposed(Split((4, 2))).inverse([query, key]), weight)
+    assert [part.tolist() for part in Transposed(Split((4, 2))).forward(bias)] == [[0, 1, 2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("operation", [Split((4, 4)), Interleaved(5)])

@@ -57,6 +57,22 @@ MINIMAL = {
         "num_attention_heads": 6,
         "num_attention_groups": 2,
     },
+    "btlm": {
+        "model_type": "btlm",
+        "vocab_size": 97,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 6,
+        "position_embedding_type": "alibi",
+    },
+    "jais": {
+        "model_type": "jais",
+        "vocab_size": 97,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 6,
+        "position_embedding_type": "alibi",
+    },
 }
 
 
@@ -89,7 +105,7 @@ def test_an_unknown_field_stops_with_its_name_and_value(family):
         mapped(family, frobnicate=7)
 
 
-@pytest.mark.parametrize("family", MINIMAL)
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])  # those that Transformers has a config for
 def test_standard_fields_are_understood(family):
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 

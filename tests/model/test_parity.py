@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alibi_hf import AlibiConfig
 from tests.model.cases import BACKENDS, CASES, assert_close, build, check, documents, expected
 from tests.model.feeding import FEEDS, whole
 
@@ -79,6 +80,19 @@ def test_baichuans_rounding_agrees_across_feeds_to_float32(feed: str) -> None:
     found = FEEDS[feed](build("twelve_grouped", torch.float64, "sdpa", alibi_rounding="baichuan"), texts)
     for logits, text in zip(found, texts, strict=True):  # padding on the left shifts what is rounded
         assert_close(logits, expected("twelve_grouped", text).logits, 1e-6)
+
+
+@pytest.mark.parametrize("feed", ["left", "packed_positions", "chunks_dynamic"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounding_by_distance_agrees_across_backends_and_feeds(
+    backend: str, feed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always_bfloat16(config: AlibiConfig, _: torch.dtype) -> torch.dtype | None:
+        return torch.bfloat16 if config.alibi_rounding == "jais" else None
+
+    # It rounds in models of 16 bits only, where backends agree less than the bias differs.
+    monkeypatch.setattr("alibi_hf.model.positions_alibi.bias_dtype", always_bfloat16)
+    test_rounded_modes_agree_across_backends_and_feeds("jais", backend, feed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

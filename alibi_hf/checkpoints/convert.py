@@ -3,23 +3,17 @@
 One source tensor is held at a time. The folder appears by one rename, index and config last; an error leaves nothing.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from alibi_hf.checkpoints.companions import write_card, write_companions, write_config
 from alibi_hf.checkpoints.conversion import Conversion, record
+from alibi_hf.checkpoints.options import SLACK, Progress, cast, keep_apart, parse_dtype
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.source import Checkpoint, require_finite
 from alibi_hf.checkpoints.writer import Entry, ShardWriter, appearing, check_disk, parse_size
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
-
-Progress = Callable[[str, int, int], None]
-_SLACK = 64 * 10**6  # bytes for tokenizer, code and reports beside the weights
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def convert(
@@ -60,14 +54,14 @@ def convert(
     """
     out = Path(output).expanduser()
     checkpoint = Checkpoint.open(source, revision, allow_pickle, alibi_rounding=alibi_rounding)
-    _keep_apart(checkpoint.path, out)
-    target = _parse_dtype(dtype)
+    keep_apart(checkpoint.path, out)
+    target = parse_dtype(dtype)
     entries = _entries(checkpoint, target)
     max_bytes = parse_size(max_shard_size)
     if verify:
         _check_device(device)  # before anything is written
     with appearing(out, overwrite) as folder:
-        check_disk(folder, sum(entry.bytes for entry in entries) + _SLACK)
+        check_disk(folder, sum(entry.bytes for entry in entries) + SLACK)
         files = _write_weights(checkpoint, ShardWriter(folder, entries, max_bytes), target, allow_nonfinite, progress)
         conversion = record(checkpoint, out, files, command)
         write_companions(checkpoint, folder)
@@ -84,21 +78,6 @@ def _check_device(device: str) -> None:
     from alibi_hf.verification.memory import check_device  # verification reads checkpoints, so not at import
 
     check_device(device)
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    source, out = source.resolve(), out.resolve()
-    if source == out or out in source.parents:
-        raise CheckpointFileError(f"writing to {out} would replace the source {source}; choose another folder.")
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ConfigFieldError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}.")
-    return found
 
 
 def _entries(checkpoint: Checkpoint, target: torch.dtype | None) -> list[Entry]:
@@ -142,21 +121,8 @@ def _write_group(
     tensor = checkpoint.get(group.source)
     if not allow_nonfinite:
         require_finite(group.source, tensor)
-    for name, part in zip(group.targets, group.rule.forward(_cast(group.source, tensor, target)), strict=True):
+    for name, part in zip(group.targets, group.rule.forward(cast(group.source, tensor, target)), strict=True):
         writer.add(name, part)
-
-
-def _cast(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:
-    if target is None or tensor.dtype == target:
-        return tensor
-    cast = tensor.to(target)
-    if (over := int((torch.isinf(cast) & ~torch.isinf(tensor)).sum())) > 0:
-        largest = tensor[torch.isfinite(tensor)].abs().max().item()
-        raise TensorError(
-            f"{name} has {over} values that {target} cannot hold (largest {largest:.3g}, limit "
-            f"{torch.finfo(target).max:.3g}); choose bfloat16 or float32."
-        )
-    return cast
 
 
 def _verify(checkpoint: Checkpoint, conversion: Conversion, source: str | Path, options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.direct import install
+from alibi_hf.checkpoints.export import Export, export
 from alibi_hf.checkpoints.inspect import FamilyList, Inspection, inspect_checkpoint, list_families
 from alibi_hf.errors import (
     AlibiError,
@@ -76,6 +77,7 @@ __all__ = [
     "CheckpointFileError",
     "ConfigFieldError",
     "Conversion",
+    "Export",
     "FamilyList",
     "Inspection",
     "NotEnoughMemoryError",
@@ -86,6 +88,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "export",
     "inspect_checkpoint",
     "list_families",
     "verify",

@@ -119,7 +119,8 @@ def target_config(source: Converted, to: str) -> tuple[dict[str, Any], AlibiConf
     raw = recorded(source, to)
     notes = ["config.json is upstream's own, as conversion.json keeps it"]
     if raw is None:
-        raw = target.raw(config) | {"use_cache": config.use_cache, "initializer_range": float(config.initializer_range)}
+        raw = {name: getattr(config, name) for name in (*TOKENS, "use_cache", "initializer_range")}
+        raw = target.raw(config) | raw
         notes = _check(config, target.family.config(raw), to)
     raw["architectures"] = [target.classes[source.class_name]]
     mapped = target.family.config(raw)
@@ -203,13 +204,14 @@ def _bloom(config: AlibiConfig) -> dict[str, Any]:
 def _falcon(config: AlibiConfig) -> dict[str, Any]:
     same = config.hidden_dropout == config.attention_dropout  # upstream has one rate for both
     dropout = float(config.hidden_dropout) if same else 0.0
+    multi_query = config.num_key_value_heads == 1 < config.num_attention_heads  # the only other number it has
     return {
         "model_type": "falcon",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
+        "num_kv_heads": 1 if multi_query else config.num_attention_heads,
         "ffn_hidden_size": config.intermediate_size,
         "layer_norm_epsilon": float(config.norm_eps),
         "hidden_dropout": dropout,
@@ -217,7 +219,7 @@ def _falcon(config: AlibiConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "activation": config.hidden_act,
         "alibi": True,
-        "multi_query": config.num_key_value_heads == 1 < config.num_attention_heads,
+        "multi_query": multi_query,
         "bias": config.attention_bias or config.attention_out_bias or config.mlp_bias,
         "new_decoder_architecture": False,
         "parallel_attn": False,

@@ -25,7 +25,6 @@ from alibi_hf.model.configuration_alibi import AlibiConfig
 _TANH_GELU = ("gelu_pytorch_tanh", "gelu")  # ggml has the tanh form, from a float16 table, for both
 _SLOPE_ROUNDING = 2e-6  # slopes made in float32 differ by less from the formula
 _QUERY = "model.layers.{i}.self_attn.q_proj"
-_QUERY_NORM = "model.layers.{i}.self_attn.q_norm"
 _KIND = ("norm_type", "embedding_norm", "mlp_type")  # architectures that agree in these are worth naming
 # What no graph of these has, by the field's value that means "not there".
 _NEVER = {
@@ -34,6 +33,7 @@ _NEVER = {
     "final_logit_softcapping": None,
     "alibi_distance": "linear",
     "alibi_scaling": None,
+    "qk_norm": None,  # mpt's has it, but aborts there: it reshapes queries and keys that are not contiguous
 }
 
 
@@ -77,11 +77,9 @@ class Architecture:
         for name, accepted in {**{name: (value,) for name, value in _NEVER.items()}, **self.accepts}.items():
             if values[name] not in accepted:
                 return f"{blamed(config, name)}: its graph computes {' or '.join(map(repr, accepted))}"
-        heads, kv_heads, head_dim = head_sizes(config)
+        heads, _, head_dim = head_sizes(config)
         if heads * head_dim != config.hidden_size and not self.free_head_dim:
             return f"head_dim={head_dim}: its graph computes hidden_size / num_attention_heads"
-        if config.qk_norm is not None and kv_heads != heads:
-            return f"qk_norm={config.qk_norm!r} with num_key_value_heads={kv_heads}: its graph has one norm width"
         if self.layers not in (None, config.num_hidden_layers):
             return f"num_hidden_layers={config.num_hidden_layers}: its graph has ALiBi at {self.layers} layers only"
         return self._scale_problem(config) or self._slopes_problem(config)
@@ -112,8 +110,7 @@ class Architecture:
     def factors(self, config: AlibiConfig) -> dict[str, float]:
         """What values are multiplied by, by the pattern of our names."""
         found = {EMBEDDING: config.embedding_scale or 1.0, HEAD: config.logit_scale or 1.0}
-        module = _QUERY if config.qk_norm is None else _QUERY_NORM
-        return found | {f"{module}.{part}": self.score_factor(config) for part in ("weight", "bias")}
+        return found | {f"{_QUERY}.{part}": self.score_factor(config) for part in ("weight", "bias")}
 
     def padded(self, config: AlibiConfig) -> list[str]:
         """The biases that the graph needs and the model lacks."""
@@ -175,8 +172,6 @@ def gguf_rules(config: AlibiConfig, architecture: Architecture) -> list[Rule]:
         modules.append(("token_embd_norm", "model.embed_norm", norm))
     if config.mlp_type == "gated":
         modules.append((f"{blk}ffn_gate", f"{ours}mlp.gate_proj", config.mlp_bias))
-    if config.qk_norm is not None:
-        modules += [(f"{blk}attn_{part}_norm", f"{ours}self_attn.{part}_norm", norm) for part in "qk"]
     if not config.tie_word_embeddings or architecture.needs_output or config.logit_scale or config.embedding_scale:
         modules.append(("output", "lm_head", False))
     if not architecture.fused:
@@ -192,13 +187,11 @@ def gguf_rules(config: AlibiConfig, architecture: Architecture) -> list[Rule]:
 _LAYER_NORM = {"norm_type": ("layer_norm",)}
 _PLAIN = {"mlp_type": ("plain",), "hidden_act": _TANH_GELU}
 _GATED = {"mlp_type": ("gated",), "hidden_act": ("silu",)}
-_BARE = {"embedding_norm": (False,), "clip_qkv": (None,), "qk_norm": (None,)}
+_BARE = {"embedding_norm": (False,), "clip_qkv": (None,)}
 _RMS = {"norm_type": ("rms_norm",), **dict.fromkeys(BIASES[:3], (False,)), **_GATED, **_BARE}
 ARCHITECTURES = (
     Architecture("bloom", {**_LAYER_NORM, **_PLAIN, **_BARE, "embedding_norm": (True,)}, pads=BIASES),
-    Architecture(
-        "mpt", {**_LAYER_NORM, **_PLAIN, "embedding_norm": (False,), "qk_norm": (None, "full")}, bias_max=None
-    ),
+    Architecture("mpt", {**_LAYER_NORM, **_PLAIN, "embedding_norm": (False,)}, bias_max=None),
     Architecture(
         "jais", {**_LAYER_NORM, **_GATED, **_BARE}, pads=BIASES, bias_max=None, scale=_inverse, needs_output=True
     ),

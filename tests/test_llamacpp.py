@@ -21,13 +21,14 @@ CHECKPOINT = "examples/checkpoints/sotu-{}"
 LIMIT = 1e-3  # rms of the differences as a share of the logits' rms
 SAME_ACTIVATION = 1e-4
 TOKENS = 300
+BIASES = ("attention_bias", "attention_out_bias", "mlp_bias")
 # By the architecture that has to be chosen; heads, then fields of the config.
 MODELS = {
     "bloom": (6, BLOOM),
     "bloom without biases": (12, {**BLOOM, "attention_bias": False, "norm_bias": False, "tie_word_embeddings": False}),
     "bloom with fewer keys": (6, {**BLOOM, "num_key_value_heads": 2, "intermediate_size": 96}),
     "mpt": (12, MPT),
-    "mpt with biases and clamps": (6, {"clip_qkv": 1.5, "alibi_bias_max": 16, "attention_bias": True}),
+    "mpt with biases and clamps": (6, {"clip_qkv": 1.5, "alibi_bias_max": 16, **dict.fromkeys(BIASES, True)}),
     "mpt with one key head": (12, {**MPT, "num_key_value_heads": 1}),
     "mpt with scales": (6, {**MPT, "attention_scale": 0.2, "logit_scale": 0.5, "embedding_scale": 3.0}),
     "mpt with one head": (1, MPT),

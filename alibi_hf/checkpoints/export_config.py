@@ -52,6 +52,7 @@ class Target:
         raw: our config as upstream's fields, without class, dtype, tokens and labels.
         classes: upstream's class of each of ours.
         reader: who computes it, for messages.
+        caution: what whoever loads it there should know, one sentence.
         instead: what else may hold a config that this one cannot.
     """
 
@@ -59,6 +60,7 @@ class Target:
     raw: Callable[[AlibiConfig], dict[str, Any]]
     classes: dict[str, str]
     reader: str
+    caution: str = ""
     instead: str = ""
 
     @property
@@ -127,7 +129,7 @@ def target_config(source: Converted, to: str) -> tuple[dict[str, Any], AlibiConf
     raw |= {name: getattr(config, name) for name in TOKENS if getattr(config, name) != getattr(mapped, name)}
     if source.class_name != "AlibiForCausalLM":
         raw |= {name: getattr(config, name) for name in LABEL_FIELDS if name != "num_labels"}
-    return raw, target.family.config(raw), notes
+    return raw, target.family.config(raw), notes + ([target.caution] if target.caution else [])
 
 
 def _check_class(source: Converted, to: str) -> None:
@@ -318,12 +320,31 @@ def _classes(start: str) -> dict[str, str]:
     return {f"Alibi{head}": f"{start}{head}" for head in _HEAD_NAMES}
 
 
-_TRY_FOUNDRY = "llm-foundry's flavour (--to llm-foundry) can say more."
 TARGETS: dict[str, Target] = {
-    "bloom": Target("bloom", _bloom, _classes("Bloom"), "Transformers' BLOOM"),
-    "mpt": Target("mpt", _mpt, _classes("Mpt"), "Transformers' MPT", _TRY_FOUNDRY),
+    "bloom": Target(
+        "bloom",
+        _bloom,
+        _classes("Bloom"),
+        "Transformers' BLOOM",
+        caution="Transformers' BLOOM rounds the bias to the model's dtype: in 16 bits it is another bias than here",
+    ),
+    "mpt": Target(
+        "mpt",
+        _mpt,
+        _classes("Mpt"),
+        "Transformers' MPT",
+        caution="Transformers' MPT raises past max_seq_len tokens; a larger max_seq_len changes nothing else",
+        instead="llm-foundry's flavour (--to llm-foundry) can say more.",
+    ),
     "llm-foundry": Target("mpt", _foundry, {"AlibiForCausalLM": "MPTForCausalLM"}, "llm-foundry's MPT"),
-    "falcon": Target("falcon", _falcon, _classes("Falcon"), "Transformers' Falcon"),
+    "falcon": Target(
+        "falcon",
+        _falcon,
+        _classes("Falcon"),
+        "Transformers' Falcon",
+        caution="Transformers' Falcon rounds the bias to bfloat16 in any dtype, and adds it twice in eager attention: "
+        "load it with attn_implementation='sdpa'",
+    ),
 }
 
 __all__ = ["BIASES", "TARGETS", "Target", "blamed", "computed", "effective_slopes", "near", "recorded", "target_config"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class GgufPlan:
         self._add_keys(writer)
         for item, kind in zip(self.items, self.types, strict=True):
             raw = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor_info(item.name, item.shape, torch.float32, _bytes(item, kind), raw_dtype=raw)
+            writer.add_tensor_info(item.name, item.shape, numpy.dtype(numpy.float32), _bytes(item, kind), raw)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -100,7 +101,7 @@ class GgufPlan:
             key = f"{self.graph.name}.{name}"
             writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
         if self.tokenizer:
-            add_tokenizer(writer, self.source.path, self.source.config.vocab_size)
+            add_tokenizer(writer, self.source.path, self.source.config)
         else:
             writer.add_tokenizer_model("none")
 

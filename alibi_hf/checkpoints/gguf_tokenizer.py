@@ -11,6 +11,7 @@ from typing import Any
 
 from alibi_hf.checkpoints.shards import read_json
 from alibi_hf.errors import CheckpointFileError
+from alibi_hf.model.configuration_alibi import AlibiConfig
 
 FILE = "tokenizer.json"
 # BLOOM's regular expression: its own file has a bracket in a bracket, which means the same.
@@ -23,8 +24,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (FILE, "tokenizer.model", "vocab.json", "tokenizer_config.json"))
 
 
-def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Write the folder's tokenizer.json into `writer` (a `gguf.GGUFWriter`).
+def add_tokenizer(writer: Any, folder: Path, config: AlibiConfig) -> None:
+    """Write the folder's tokenizer.json into `writer` (a `gguf.GGUFWriter`), with the special tokens that files name.
 
     Raises:
         CheckpointFileError: where the tokenizer is none that GGUF and llama.cpp know, or is larger than the model's
@@ -32,13 +33,15 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     """
     import gguf
 
-    spec = read_tokenizer(folder, vocab_size)
-    tokens, kinds = list_tokens(spec, vocab_size)
+    spec = read_tokenizer(folder, config.vocab_size)
+    tokens, kinds = list_tokens(spec, config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name_cut(spec))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size)
+    if isinstance(config.eos_token_id, list):  # a file has one
+        special.special_token_ids.setdefault("eos", config.eos_token_id[0])
     special.add_special_token.setdefault("bos", False)
     special.add_special_token.setdefault("eos", False)
     special.add_to_gguf(writer, quiet=True)

@@ -1,11 +1,13 @@
 """What the tests of exporting share: small models in this package's layout, and their logits."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
+from alibi_hf.checkpoints.export_source import Converted
 from alibi_hf.model.bias_alibi import Distances
 from tests.builders import HEAD_DIM, VOCAB, fill, ids
 
@@ -34,6 +36,20 @@ def our_logits(folder: Path, tokens: torch.Tensor | None = None, **fields: Any) 
     model = AlibiForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **fields).eval()
     with torch.no_grad():
         return model(ids() if tokens is None else tokens).logits
+
+
+def count_held(monkeypatch: Any) -> list[int]:
+    """How many tensors of the folder are in memory each time one is read; filled by what is run afterwards."""
+    right, alive, counts = Converted.get, weakref.WeakSet(), []
+
+    def get(self: Converted, name: str) -> torch.Tensor:
+        tensor = right(self, name)
+        alive.add(tensor)
+        counts.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(Converted, "get", get)
+    return counts
 
 
 def bend_bias(monkeypatch: Any, factor: float) -> None:

@@ -18,7 +18,7 @@ from alibi_hf.checkpoints.reference import load_reference
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, TensorError
 from tests.builders import FAMILIES, bloom, distance, falcon, fill, foundry, ids, mpt, tokenizer
-from tests.checkpoints.exporting import BLOOM, MPT, bend_bias, our_logits, ours
+from tests.checkpoints.exporting import BLOOM, MPT, bend_bias, count_held, our_logits, ours
 
 LIMIT = 1e-5  # of the largest logit: float32 on both sides
 FALCON_SLOPES = [2.0 ** (-8 * i / 4) / 8**0.5 for i in (1, 2, 3, 4)] + [2.0 ** (-8 * i / 8) / 8**0.5 for i in (1, 3)]
@@ -294,6 +294,14 @@ def test_nan_is_taken_when_asked(tmp_path):
     change(folder, model__norm__weight=torch.full((48,), torch.nan))
     export(folder, tmp_path / "back", "mpt", allow_nonfinite=True)
     assert held(tmp_path / "back")["transformer.norm_f.weight"].isnan().all()
+
+
+@pytest.mark.parametrize("to", ["mpt", "gguf"])
+def test_one_tensor_is_held_at_a_time(to, tmp_path, monkeypatch):
+    folder = ours(tmp_path / "ours", **MPT)
+    counts = count_held(monkeypatch)
+    export(folder, tmp_path / "back", to)
+    assert len(counts) == len(held(folder)) and max(counts) <= 4  # the three parts of a fused one, and the last before
 
 
 def test_folders_that_are_none_of_ours(tmp_path):

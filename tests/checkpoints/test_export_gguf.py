@@ -240,7 +240,7 @@ PLAIN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ],
 )
 def test_the_tokenizer_is_written(steps, cut, tmp_path):
-    folder = ours(tmp_path / "ours", **MPT, vocab_size=280, bos_token_id=0, eos_token_id=1)
+    folder = ours(tmp_path / "ours", **MPT, vocab_size=280, bos_token_id=0, eos_token_id=[1, 7])
     made = byte_level(folder, *steps)
     (folder / "LICENSE").write_text("terms")
     export(folder, tmp_path / "out", "gguf")

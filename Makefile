@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both need Python >= 3.10, make and a C++ compiler (for torch.compile),
-# and make .venv when it is missing. Others: `make check`, `make format`, `make test-oldest`,
-# `make clean`.
+# and make .venv when it is missing. Others: `make check`, `make format`, `make test-oldest`, `make test-llamacpp`
+# (compiles llama.cpp), `make clean`.
 # Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x".
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 
 OLDEST = $(VENV)-oldest
 
-.PHONY: help demo test test-oldest check format clean
+.PHONY: help demo test test-oldest test-llamacpp check format clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -24,6 +24,10 @@ test: check
 # The same tests with the oldest Transformers that is supported.
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+# GGUF files in llama.cpp itself, which pip compiles: minutes.
+test-llamacpp: $(VENV)/.llamacpp
+	$(VENV)/bin/python -m pytest tests/test_llamacpp.py
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -49,6 +53,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.llamacpp: $(VENV)/.dev
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(PIP) install -c constraints.txt llama-cpp-python
 	@touch $@
 
 $(OLDEST)/.dev: pyproject.toml constraints.txt

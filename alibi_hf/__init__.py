@@ -18,6 +18,7 @@ from transformers import (
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.direct import install
+from alibi_hf.checkpoints.export import Export, export
 from alibi_hf.checkpoints.inspect import Inspection, inspect_checkpoint
 from alibi_hf.checkpoints.listing import FamilyList, list_families
 from alibi_hf.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "CheckpointFileError",
     "ConfigFieldError",
     "Conversion",
+    "Export",
     "FamilyList",
     "Inspection",
     "NotEnoughMemoryError",
@@ -87,6 +89,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "export",
     "inspect_checkpoint",
     "list_families",
     "verify",

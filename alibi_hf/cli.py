@@ -22,6 +22,7 @@ from transformers.utils import logging
 import alibi_hf
 from alibi_hf import AlibiError, ConfigFieldError, NotProvedError
 from alibi_hf.checkpoints.companions import mark_verified
+from alibi_hf.checkpoints.export import TARGETS
 from alibi_hf.display import Report, render
 from alibi_hf.verification.report import LAYERWISE, PARTS, is_enough
 
@@ -68,9 +69,7 @@ def convert(
     revision: Revision = None,
     rounding: Annotated[
         str,
-        typer.Option(
-            "--alibi-rounding", help="exact, or bloom, falcon, baichuan or jais: upstream's own."
-        ),
+        typer.Option("--alibi-rounding", help="exact, or bloom, falcon, baichuan or jais: upstream's own."),
     ] = "exact",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
@@ -108,6 +107,42 @@ def convert(
         _show(report, as_json, quiet)
         if report.verified is False:
             raise NotProvedError(f"{output} was written, but parity is not proved; see {output / 'verification.md'}.")
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder in this package's layout: converted, or saved after training.")
+    ],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(TARGETS[:-1])} or {TARGETS[-1]}.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, for gguf q8_0 too; default: as stored.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file, such as 500MB or 5GB; gguf has one.")
+    ] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer into the gguf file.")] = True,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write FOLDER in the layout that other programs read: Transformers' own classes, llm-foundry's, or llama.cpp's."""
+    with _errors(), _progress(quiet or as_json) as progress:
+        report = alibi_hf.export(
+            folder,
+            output,
+            to,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            tokenizer=tokenizer,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            command=shlex.join(["alibi-hf", *sys.argv[1:]]),
+        )
+        _show(report, as_json, quiet)
 
 
 @app.command()

@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from alibi_hf.checkpoints.conversion import Conversion
+from alibi_hf.checkpoints.export import Export
 from alibi_hf.checkpoints.inspect import Inspection
 from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList
 from alibi_hf.verification import Verification
 
-Report = Inspection | Conversion | Verification | FamilyList
+Report = Inspection | Conversion | Export | Verification | FamilyList
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -25,6 +26,8 @@ def render(report: Report) -> RenderableType:
         return Group(_inspection(report), _tensors(report.tensors))
     if isinstance(report, Conversion):
         return _conversion(report)
+    if isinstance(report, Export):
+        return _export(report)
     if isinstance(report, FamilyList):
         return _families(report)
     return report.table()
@@ -110,6 +113,18 @@ def _conversion(report: Conversion) -> RenderableType:
         },
     )
     return summary if report.verification is None else Group(report.verification.table(), summary)
+
+
+def _export(report: Export) -> Table:
+    fates = [tensor["fate"] for tensor in report.tensors]
+    rows = {
+        "source": report.source["path"],
+        "for": f"{report.target} ({report.architecture})",
+        "tensors": ", ".join(f"{fates.count(fate)} {fate}" for fate in ("used", "padded")),
+        "weights": ", ".join(f"{file['name']} ({size(file['bytes'])})" for file in report.output["files"]),
+    }
+    notes = {f"note {number}": note for number, note in enumerate(report.notes, 1)}
+    return _pairs(str(report.output_path), rows | notes)
 
 
 def _families(report: FamilyList) -> RenderableType:

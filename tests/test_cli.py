@@ -49,6 +49,27 @@ def test_families_lists_all():
     assert all(name in out for name in ("bloom", "mpt", "falcon"))
 
 
+def test_export_goes_back_bit_for_bit_and_to_gguf(converted, tmp_path):
+    status, out, _ = run("export", converted, tmp_path / "back", "--to", "mpt", "--max-shard-size", "1MB")
+    assert status == 0
+    assert all(words in out for words in ("mpt (MptForCausalLM)", "38 used, 0 padded", "upstream's own"))
+    held = {name: tensor for file in (tmp_path / "back").glob("*.safetensors") for name, tensor in load(file).items()}
+    source = load(Path(SOURCE) / "model.safetensors")
+    assert held.keys() == source.keys() and all(held[name].equal(source[name]) for name in source)
+    status, out, _ = run("export", converted, tmp_path / "gguf", "--to", "gguf", "--dtype", "q8_0", "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads((tmp_path / "gguf" / "export.json").read_text())
+    status, out, _ = run("export", converted, tmp_path / "gguf", "--to", "gguf", "--overwrite", "--quiet")
+    assert (status, out) == (0, "")
+    assert [path.name for path in (tmp_path / "gguf").glob("*.gguf")] == ["model-bf16.gguf"]
+
+
+def load(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def test_verify_proves_and_writes_the_report(converted):
     status, out, _ = run("verify", SOURCE, converted, "--lengths", "32,300")
     assert status == 0
@@ -84,12 +105,17 @@ def test_verify_of_another_models_weights_exits_1(converted, tmp_path):
         (["convert", SOURCE, "FULL"], "overwrite"),
         (["verify", SOURCE, "FULL", "--lengths", "ten"], "ten"),
         (["verify", SOURCE, "FULL", "--text", "/no/such/text"], "/no/such/text"),
+        (["export", SOURCE, "OUT", "--to", "mpt"], "alibi-hf convert"),
+        (["export", "CONVERTED", "OUT", "--to", "falcon"], "alibi_bias_max=8"),
+        (["export", "CONVERTED", "OUT", "--to", "onnx"], "to='onnx'"),
+        (["export", "CONVERTED", "OUT", "--to", "gguf", "--dtype", "q3"], "q8_0"),
+        (["export", "CONVERTED", "FULL", "--to", "mpt"], "overwrite"),
     ],
 )
-def test_bad_input_exits_2_with_one_line(arguments, words, tmp_path):
+def test_bad_input_exits_2_with_one_line(arguments, words, tmp_path, converted):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").write_text("x")
-    places = {"OUT": tmp_path / "out", "FULL": tmp_path / "full"}
+    places = {"OUT": tmp_path / "out", "FULL": tmp_path / "full", "CONVERTED": converted}
     status, out, err = run(*[places.get(argument, argument) for argument in arguments])
     assert status == 2
     assert words in err

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from alibi_hf.checkpoints.companions import write_card, write_companions, write_config
 from alibi_hf.checkpoints.conversion import Conversion, record, versions
-from alibi_hf.checkpoints.parallel import Progress, ShardJobs, default_workers
+from alibi_hf.checkpoints.options import SLACK, Progress, cast, keep_apart, parse_dtype
+from alibi_hf.checkpoints.parallel import ShardJobs, default_workers
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.reading import FileState
 from alibi_hf.checkpoints.resume import Journal
@@ -27,10 +27,7 @@ from alibi_hf.checkpoints.writer import (
     split_shards,
     write_index,
 )
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
-
-_SLACK = 64 * 10**6  # bytes for tokenizer, code and reports beside the weights
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from alibi_hf.errors import ConfigFieldError
 
 
 def convert(
@@ -79,8 +76,8 @@ def convert(
     """
     out = Path(output).expanduser()
     checkpoint = Checkpoint.open(source, revision, allow_pickle, alibi_rounding=alibi_rounding)
-    _keep_apart(checkpoint.path, out)
-    target = _parse_dtype(dtype)
+    keep_apart(checkpoint.path, out)
+    target = parse_dtype(dtype)
     entries = _entries(checkpoint, target)
     max_bytes, threads = parse_size(max_shard_size), _workers(checkpoint, workers)
     if verify:
@@ -90,7 +87,7 @@ def convert(
         journal.read()
     make = partial(_convert_group, checkpoint, target=target, allow_nonfinite=allow_nonfinite)
     with appearing(out, overwrite, resume) as folder:
-        check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + _SLACK)
+        check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + SLACK)
         journal.write()
         _check_tied(checkpoint, allow_nonfinite)
         jobs = ShardJobs(folder, split_shards(entries, max_bytes), checkpoint.groups, make, journal, progress)
@@ -112,21 +109,6 @@ def _check_device(device: str) -> None:
     from alibi_hf.verification.memory import check_device  # verification reads checkpoints, so not at import
 
     check_device(device)
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    source, out = source.resolve(), out.resolve()
-    if source == out or out in source.parents:
-        raise CheckpointFileError(f"writing to {out} would replace the source {source}; choose another folder.")
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ConfigFieldError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}.")
-    return found
 
 
 def _entries(checkpoint: Checkpoint, target: torch.dtype | None) -> list[Entry]:
@@ -174,24 +156,11 @@ def _check_tied(checkpoint: Checkpoint, allow_nonfinite: bool) -> None:
 
 def _convert_group(
     checkpoint: Checkpoint, group: Group, target: torch.dtype | None, allow_nonfinite: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:
     tensor = checkpoint.get(group.source)
     if not allow_nonfinite:
         require_finite(group.source, tensor)
-    return tuple(_cast(group.source, part, target) for part in group.rule.forward(tensor))
-
-
-def _cast(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:
-    if target is None or tensor.dtype == target:
-        return tensor
-    cast = tensor.to(target)
-    if (over := int((torch.isinf(cast) & ~torch.isinf(tensor)).sum())) > 0:
-        largest = tensor[torch.isfinite(tensor)].abs().max().item()
-        raise TensorError(
-            f"{name} has {over} values that {target} cannot hold (largest {largest:.3g}, limit "
-            f"{torch.finfo(target).max:.3g}); choose bfloat16 or float32."
-        )
-    return cast
+    return tuple(cast(group.source, part, target) for part in group.rule.forward(tensor))
 
 
 def _verify(

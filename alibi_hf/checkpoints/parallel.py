@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from alibi_hf.checkpoints.options import Progress
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.resume import Journal
 from alibi_hf.checkpoints.writer import Entry, ShardFile, shard_names
 
-Progress = Callable[[str, int, int], None]
 Convert = Callable[[Group], tuple[Tensor, ...]]
 MOST_WORKERS = 4  # past it disks, not processors, are the limit
 COPIES = 3  # of a tensor that are held at most: as read, cast, and rearranged

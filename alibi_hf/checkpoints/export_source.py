@@ -1,0 +1,145 @@
+"""`Converted`: a folder in this package's own layout, opened without loading it; every export reads it through this.
+
+Such folders come from `convert`, from `save_pretrained` of a fine-tuned model, or from training from nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alibi_hf.checkpoints.conversion import FILE as CONVERSION
+from alibi_hf.checkpoints.plan import meta_model
+from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, read_json, sha256_of
+from alibi_hf.checkpoints.source import CARRIED
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
+from alibi_hf.model.configuration_alibi import AlibiConfig
+
+CLASSES = (
+    "AlibiForCausalLM",
+    "AlibiForSequenceClassification",
+    "AlibiForTokenClassification",
+    "AlibiForQuestionAnswering",
+)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder in this package's layout.
+
+    Attributes:
+        path: the folder.
+        config: its config.
+        class_name: our class whose head the weights have.
+        tensors: every tensor of the files, by name.
+        record: the `conversion.json` of the folder, empty where there is none.
+    """
+
+    path: Path
+    config: AlibiConfig
+    class_name: str
+    tensors: dict[str, TensorInfo]
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Converted":
+        """Open a folder and check that its tensors are those of its config.
+
+        Raises:
+            CheckpointFileError: where it is no folder in this package's layout, or files are missing or damaged.
+            ConfigFieldError: where config.json contradicts itself.
+            TensorError: where tensors are missing, left over, or of another shape than the config gives.
+        """
+        path = Path(folder).expanduser()
+        raw = read_json(path / "config.json")
+        config = _read_config(path, raw)
+        class_name = (raw.get("architectures") or CLASSES)[0]
+        if class_name not in CLASSES:
+            raise TensorError(
+                f"{path} holds a {class_name}; {', '.join(CLASSES)} can be exported. Save the model with its head."
+            )
+        record = read_json(path / CONVERSION) if (path / CONVERSION).is_file() else {}
+        opened = cls(path, config, class_name, list_tensors(path), record)
+        opened._check_tensors()
+        return opened
+
+    def _check_tensors(self) -> None:
+        expected = meta_model(self.config, self.class_name).state_dict()
+        absent = sorted(expected.keys() - self.tensors.keys() - ({HEAD} if self.tied else set()))
+        for what, names in (("lacks", absent), ("also holds", sorted(self.tensors.keys() - expected.keys()))):
+            if names:
+                raise TensorError(
+                    f"{self.path} {what} {', '.join(names[:5])} ({len(names)} such tensors); weights and config.json "
+                    f"({self.class_name}) belong together."
+                )
+        for name, info in self.tensors.items():
+            if info.shape != tuple(expected[name].shape):
+                raise TensorError(
+                    f"{name} has shape {list(info.shape)}, config.json gives {list(expected[name].shape)}; weights and "
+                    f"config belong to different checkpoints."
+                )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the language-model head is the embedding."""
+        return self.class_name == "AlibiForCausalLM" and self.config.tie_word_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the values."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def get(self, name: str) -> Tensor:
+        """One tensor from the file; the memory is freed with it. `CheckpointFileError` if the file cannot be read."""
+        shard = self.tensors[name].shard
+        try:
+            with safe_open(shard, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointFileError(f"{name} cannot be read from {shard}: {error}.") from error
+
+    def check_tie(self) -> None:
+        """`TensorError` where a tied head is stored all the same and differs from the embedding."""
+        if self.tied and HEAD in self.tensors and not torch.equal(self.get(HEAD), self.get(EMBEDDING)):
+            raise TensorError(
+                f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings in config.json says that they are one; set "
+                f"it to false if both were trained."
+            )
+
+    def sha256(self) -> list[dict[str, Any]]:
+        """Name, SHA-256 and size in bytes of every weight file."""
+        shards = sorted({info.shard for info in self.tensors.values()})
+        return [{"name": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for path in shards]
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, chat-template, licence and generation files of the folder, relative to it."""
+        found = {path for pattern in (*CARRIED, "generation_config.json") for path in self.path.glob(pattern)}
+        return sorted(path.relative_to(self.path) for path in found if path.is_file())
+
+
+def _read_config(path: Path, raw: dict[str, Any]) -> AlibiConfig:
+    if raw.get("model_type") != AlibiConfig.model_type:
+        raise CheckpointFileError(
+            f"{path} has model_type={raw.get('model_type')!r}, not {AlibiConfig.model_type!r}: give a folder in this "
+            f"package's layout; `alibi-hf convert` makes one of an upstream checkpoint."
+        )
+    if raw.get("quantization_config") is not None:
+        raise ConfigFieldError(
+            f"{path} is quantised (quantization_config={raw['quantization_config']!r:.80}); export the unquantised "
+            f"weights, the target has its own quantisation."
+        )
+    try:
+        return AlibiConfig.from_dict(raw)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigFieldError(f"{path / 'config.json'} cannot be read: {error}") from error
+
+
+__all__ = ["CLASSES", "EMBEDDING", "HEAD", "Converted"]

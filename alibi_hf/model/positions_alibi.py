@@ -256,7 +256,7 @@ def _refuse_scaling(config: Any, distances: Distances) -> None:
 
 
 def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None:
-    if config.alibi_rounding not in ("bloom", "falcon") or not config.alibi:
+    if config.alibi_rounding not in ("bloom", "falcon", "baichuan") or not config.alibi:
         return
     positions = distances.key_position
     if positions is None:

@@ -1,8 +1,8 @@
 """Converting and proving a checkpoint that is much larger than the memory: `python -m benchmarks.conversion`.
 
-Makes a synthetic BLOOM checkpoint in shards, converts it with one worker and with several beside `cp` of the same bytes
-(in turn, from files that are not in the page cache, written through to the disk), and verifies the last conversion layer
-by layer. Private memory (RssAnon) is sampled in each process; mapped and cached files are not part of it.
+Makes a synthetic BLOOM checkpoint in shards, converts it with one worker and with several beside `cp` of the same
+bytes (in turn, from files that are not in the page cache, written through to the disk), and verifies the last
+conversion layer by layer. Private memory (RssAnon) is sampled in each process; cached files are no part of it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ COPY = "cp"
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark, print the table and write the JSON file."""
     options = parse(arguments)
-    device = "cpu"
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "folder")}
-    report = Report.start("conversion", settings, device)
-    path = options.output or result_path("conversion", device)
+    report = Report.start("conversion", settings, "cpu")
+    path = options.output or result_path("conversion", "cpu")
     folder = Path(tempfile.mkdtemp(prefix="conversion-", dir=options.folder))
     try:
         layers = layers_for(options.gigabytes * GB)
@@ -89,9 +88,8 @@ def layers_for(size: float) -> int:
 def make_checkpoint(folder: Path, layers: int, shard: int) -> Path:
     """Write a BLOOM checkpoint with random bfloat16 weights, one tensor at a time, and return its folder."""
     names = _build(raw_config(layers), torch.bfloat16).state_dict()
-    entries = [
-        Entry(name, tuple(value.shape), value.dtype) for name, value in names.items() if name != "lm_head.weight"
-    ]
+    names.pop("lm_head.weight")  # tied
+    entries = [Entry(name, tuple(value.shape), value.dtype) for name, value in names.items()]
     folder.mkdir(parents=True)
     write_json(folder / "config.json", {**raw_config(layers), "torch_dtype": "bfloat16"})
     writer, generator = ShardWriter(folder, entries, shard), torch.Generator().manual_seed(0)

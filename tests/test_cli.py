@@ -134,6 +134,25 @@ def test_a_part_of_the_proof_does_not_replace_it(converted):
     assert "**Verified**" in (converted / "README.md").read_text()
 
 
+def test_layer_by_layer_is_a_whole_proof(converted):
+    status, out, _ = run("verify", SOURCE, converted, "--lengths", "32", "--layerwise")
+    assert status == 0
+    assert "layer [" in out
+    saved = json.loads((converted / "verification.json").read_text())
+    assert saved["verdict"] == "proved" and saved["parts"] == ["bias", "tensors", "layers"]
+    status, _, err = run("verify", SOURCE, converted, "--layerwise", "--only", "bias")
+    assert status == 2
+    assert "give one" in err
+
+
+def test_convert_passes_on_workers_resume_and_layerwise(tmp_path):
+    status, out, _ = run("convert", SOURCE, tmp_path / "out", "--layerwise", "--resume", "--workers", "2")
+    assert status == 0
+    assert "proved" in out
+    parts = json.loads((tmp_path / "out" / "verification.json").read_text())["parts"]
+    assert parts == ["bias", "tensors", "layers"]
+
+
 def test_a_device_that_is_not_there_exits_2_before_writing(tmp_path):
     status, _, err = run("convert", SOURCE, tmp_path / "out", "--device", "nope")
     assert status == 2

@@ -118,7 +118,9 @@ def _error_lines(title: str, checks: list[Check], axis: str, place: Callable[[Ch
             drawn += [y for _, y in known]
     _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
     panel.set_ylim(*_decades(drawn))
-    if axis != "layer":
+    if axis == "layer":
+        _whole(panel.xaxis)
+    else:
         _logarithmic(panel.set_xscale, panel.xaxis, 2, "{:g}")
         panel.set_xticks(sorted({check.length for check in checks}))
     panel.set_xlabel(axis)
@@ -181,6 +183,7 @@ def _bias_differences(sample: BiasSample, limit: float | None) -> Figure:
         panel.legend(frameon=False, fontsize=9)
     _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
     panel.set_ylim(LEAST / 2, 2 * max(1e-5, *points))
+    _whole(panel.xaxis)
     panel.set_xlabel("head")
     panel.set_ylabel("relative to the largest bias")
     same = sum(value == 0 for value in differences)
@@ -213,6 +216,13 @@ def _logarithmic(scale: Callable[..., None], axis: Any, base: int, form: str) ->
     scale("log", base=base)
     axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _whole(axis: Any) -> None:
+    """Give an axis ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _svg(figure: Any, title: str, caption: str) -> str:

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from alibi_hf.verification.page_figures import Figure, draw
+from alibi_hf.verification.page_figures import Figure, draw, layer_of
 from alibi_hf.verification.render import COLUMNS, HOW_TO_READ, check_cells, control_cells
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _verdict(report: Verification) -> str:
         wrong.append("no conversion that is wrong on purpose was held against it")
     if not report.checks:
         wrong.append("nothing was checked")
+    if not wrong and not report.proved:
+        wrong.append("not everything that a proof needs was checked; see the notes")
     reference = report.reference
     counts = f"{len(report.checks)} checks, {len(report.negative_controls)} conversions that are wrong on purpose"
     return f"""<header class="verdict{"" if report.proved else " failed"}">
@@ -97,22 +99,28 @@ def _figure(figure: Figure) -> str:
 
 
 def _table(report: Verification) -> str:
-    """Every check and every negative control, and how to read them."""
-    head = "".join(f'<th scope="col">{name or "result"}</th>' for name in COLUMNS)
-    checks = [check_cells(check) for check in report.checks]
+    """Every check and every negative control, and how to read them; single layers fold away."""
+    whole = [check_cells(check) for check in report.checks if layer_of(check) is None]
+    layers = [check_cells(check) for check in report.checks if layer_of(check) is not None]
     controls = [control_cells(control) for control in report.negative_controls]
     how = escape(" ".join(HOW_TO_READ.replace("*", "").replace("`", "").split()))
+    folded = f"<details>\n<summary>{len(layers)} checks of single layers</summary>\n{_rows(layers)}</details>\n"
     return f"""<section>
 <h2>Every check</h2>
 <p class="dim">{how}</p>
-<div class="table" tabindex="0" role="region" aria-label="Every check">
+{_rows(whole + controls)}{folded if layers else ""}</section>
+"""
+
+
+def _rows(cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{name or "result"}</th>' for name in COLUMNS)
+    return f"""<div class="table" tabindex="0" role="region" aria-label="Checks">
 <table>
 <thead><tr>{head}</tr></thead>
 <tbody>
-{"".join(_row(cells) for cells in checks + controls)}</tbody>
+{"".join(map(_row, cells))}</tbody>
 </table>
 </div>
-</section>
 """
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from math import floor, isfinite, log10
+from math import floor, inf, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,19 +58,33 @@ def draw(report: Verification) -> dict[str, list[Figure]] | None:
         return None
     with matplotlib.style.context(STYLE, after_reset=True):
         return {
-            "Error by layer": _errors([check for check in report.checks if _layer(check) is not None], "layer", _layer),
+            "Error by layer": _errors(_worst_of_each_layer(report.checks), "layer", layer_of),
             "Error by length": _errors(
-                [check for check in report.checks if _is_whole(check) and _layer(check) is None],
-                "tokens in the row",
-                lambda check: check.length,
+                [check for check in report.checks if _is_whole(check)], "tokens in the row", lambda check: check.length
             ),
             "Bias of each head against upstream's": _bias(report.bias, _bias_limit(report)) if report.bias else [],
         }
 
 
-def _layer(check: Check) -> int | None:
-    """The layer that a check is about; None for checks of the whole model."""
+def layer_of(check: Check) -> int | None:
+    """Return the layer that a check is about; None for checks of the whole model."""
     return getattr(check, "layer", None)
+
+
+def _worst_of_each_layer(checks: Sequence[Check]) -> list[Check]:
+    """Return, of the lengths that a layer was checked at, the one that is nearest to its limit or beyond it."""
+    worst: dict[tuple[str, str, int | None], Check] = {}
+    for check in checks:
+        key = (check.name, check.dtype, layer_of(check))
+        if key[2] is not None and (key not in worst or _share(check) > _share(worst[key])):
+            worst[key] = check
+    return list(worst.values())
+
+
+def _share(check: Check) -> float:
+    """The error as a share of its limit; infinite for one that is no number."""
+    share = (check.ours or 0.0) / (check.limit or 1.0)
+    return share if isfinite(share) else inf
 
 
 def _is_whole(check: Check) -> bool:
@@ -104,7 +118,9 @@ def _error_lines(title: str, checks: list[Check], axis: str, place: Callable[[Ch
             drawn += [y for _, y in known]
     _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
     panel.set_ylim(*_decades(drawn))
-    if axis != "layer":
+    if axis == "layer":
+        _whole(panel.xaxis)
+    else:
         _logarithmic(panel.set_xscale, panel.xaxis, 2, "{:g}")
         panel.set_xticks(sorted({check.length for check in checks}))
     panel.set_xlabel(axis)
@@ -115,6 +131,7 @@ def _error_lines(title: str, checks: list[Check], axis: str, place: Callable[[Ch
     failed = sum(not check.passed for check in checks)
     caption = f"Our error and upstream's against float64, with the limit for ours. {len(checks)} points, "
     caption += "all within the limit." if not failed else f"{failed} outside the limit."
+    caption += " Of several lengths, the one nearest to its limit." if axis == "layer" else ""
     caption += f" {lost} of ours are not finite and cannot be drawn." if lost else ""
     return Figure(_svg(figure, title, caption), caption)
 
@@ -166,6 +183,7 @@ def _bias_differences(sample: BiasSample, limit: float | None) -> Figure:
         panel.legend(frameon=False, fontsize=9)
     _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
     panel.set_ylim(LEAST / 2, 2 * max(1e-5, *points))
+    _whole(panel.xaxis)
     panel.set_xlabel("head")
     panel.set_ylabel("relative to the largest bias")
     same = sum(value == 0 for value in differences)
@@ -200,6 +218,13 @@ def _logarithmic(scale: Callable[..., None], axis: Any, base: int, form: str) ->
     axis.set_minor_formatter(NullFormatter())
 
 
+def _whole(axis: Any) -> None:
+    """Give an axis ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def _svg(figure: Any, title: str, caption: str) -> str:
     """Return the figure as an SVG element for the middle of a page: labelled, without ids that nothing refers to."""
     import matplotlib
@@ -220,4 +245,4 @@ def _svg(figure: Any, title: str, caption: str) -> str:
     return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
 
 
-__all__ = ["Figure", "draw"]
+__all__ = ["Figure", "draw", "layer_of"]

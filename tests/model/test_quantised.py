@@ -32,7 +32,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 INT8 = 0.1  # of the largest logit: what eight bits a weight cost these models at most
 STEEP = {"hidden_size": 48, "num_attention_heads": 6, "attention_scale": 0.05, "alibi_slopes": [8, 5, 6, 3, 0.5, 0]}
-FEEDINGS = ("whole", "tokens_dynamic", "chunks_static", "left", "interior", "left_dynamic", "packed_positions")
+FEEDINGS = ("whole", "tokens_dynamic", "chunks_static", "interior", "left_dynamic", "packed_positions")
 
 
 def int8() -> TorchAoConfig:
@@ -66,7 +66,7 @@ def truth(model: AlibiForCausalLM, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("feed", FEEDINGS)
-@pytest.mark.parametrize("case", ["one_head", "six", "twelve_grouped", "forty", "multi_query", "own_slopes"])
+@pytest.mark.parametrize("case", ["one_head", "twelve_grouped", "forty", "multi_query"])
 def test_everything_else_is_exact(case, feed):
     model, texts = quantised(case), documents(23, 40, 1, 17)
     with torch.no_grad():

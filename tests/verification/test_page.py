@@ -9,11 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 
+from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification import Check, verify
+from alibi_hf.verification.bias import BiasProbe, sample_bias
 from alibi_hf.verification.page import as_page
 from alibi_hf.verification.page_figures import draw
 from alibi_hf.verification.render import check_cells
 from alibi_hf.verification.report import BiasSample, Control, Verification
+from alibi_hf.verification.subjects import read_config
+from tests.builders import HEAD_DIM
 from tests.verification.converted import LENGTHS, pair
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac\" <img src=x onerror=alert(1)>"
@@ -174,21 +178,27 @@ def test_without_matplotlib_it_says_what_is_missing(proved, monkeypatch):
 
 
 def test_errors_are_drawn_layer_by_layer(proved):
+    """One point a layer: of the lengths the one nearest to its limit. Their rows fold away below the others."""
     checks = [
-        LayerCheck("layer", dtype, 8, 1e-6 * (number + 1), 1e-6, 3e-6, number < 3, layer=number)
+        LayerCheck("layer", dtype, length, 1e-6 * (number + 1) * length / 16, 1e-6, 3e-6, number < 3, layer=number)
         for dtype in ("float32", "bfloat16")
         for number in range(5)
+        for length in (16, 8)
     ]
-    figures = draw(dataclasses.replace(proved, checks=checks))["Error by layer"]
-    assert [figure.caption.endswith("5 points, 2 outside the limit.") for figure in figures] == [True, True]
+    report = dataclasses.replace(proved, checks=[*proved.checks, *checks], bias=None)
+    figures = draw(report)["Error by layer"]
+    assert ["5 points, 2 outside the limit." in figure.caption for figure in figures] == [True, True]
     assert "layer, float32" in figures[0].svg and "layer, bfloat16" in figures[1].svg
+    assert figures == draw(dataclasses.replace(report, checks=[c for c in checks if c.length == 16]))["Error by layer"]
     assert draw(proved)["Error by layer"] == []
+    folded = as_page(report).partition("<details>")[2].partition("</details>")[0]
+    assert "20 checks of single layers" in folded and folded.count("<tr>") == 21
 
 
 def test_an_error_beyond_the_limit_moves_its_point(proved):
     def drawn(factor: float) -> str:
         checks = [dataclasses.replace(check, ours=(check.ours or 0) * factor) for check in proved.checks]
-        return draw(dataclasses.replace(proved, checks=checks))["Error by length"][0].svg
+        return draw(dataclasses.replace(proved, checks=checks, bias=None))["Error by length"][0].svg
 
     assert drawn(1) == drawn(1) != drawn(1.3)
 
@@ -211,23 +221,28 @@ def formula(heads: int, head: int) -> float:
     return 2 ** (-8 * (head + 1) / below) if head < below else 2 ** (-4 * (2 * (head - below) + 1) / below)
 
 
-@pytest.mark.parametrize(("family", "heads"), [("bloom", 1), ("mpt", 12), ("falcon", 6), ("mpt", 40)])
-def test_the_sample_is_the_bias_of_both_sides(family, heads, tmp_path):
-    source, output = pair(family, heads, layers=1)
-    report = verify(source, output, lengths=LENGTHS, only=("bias",))
-    report.save(tmp_path)
-    text = (tmp_path / "verification.json").read_text()
-    sample = BiasSample(**json.loads(text)["bias"])
-    assert dataclasses.asdict(sample) == dataclasses.asdict(report.bias)
-    assert len(sample.distances) <= 24 and sample.distances[0] == 1 and sample.distances[-1] == sample.length - 1
+@pytest.mark.parametrize(("family", "heads"), [("bloom", 1), ("mpt", 12), ("falcon", 6)])
+def test_the_sample_is_the_bias_of_both_sides(family, heads):
+    source, output = pair(family, heads)
+    checkpoint = Checkpoint.open(source)
+    reference = checkpoint.family.reference(checkpoint.config)
+    sample = sample_bias(BiasProbe(checkpoint, read_config(output), reference, 600), 600)
+    assert len(sample.distances) <= 24 and sample.distances[0] == 1 and sample.distances[-1] == 599
     assert len(sample.ours) == len(sample.upstream) == heads
-    assert max(len(line) for line in text.splitlines()) < 600 and text.count("\n") < 200 + 4 * heads
-    scale = 8**-0.5 if family == "falcon" else 1.0
+    scale = HEAD_DIM**-0.5 if family == "falcon" else 1.0
     for head in range(heads):
         expected = [-formula(heads, head) * scale * distance for distance in sample.distances]
         assert sample.ours[head] == pytest.approx(expected, rel=1e-6)
         if family != "falcon":
-            assert sample.upstream[head] == pytest.approx(expected, rel=2e-6)
+            assert sample.upstream[head] == pytest.approx(expected, rel=1e-5)
     if family == "falcon":  # upstream rounds positions to bfloat16: neighbours far from the start are one
         assert sample.upstream[0][0] == 0 != sample.ours[0][0]
         assert sample.upstream[0][-1] == pytest.approx(sample.ours[0][-1], rel=1e-2)
+
+
+def test_the_sample_is_kept_in_few_lines(tmp_path):
+    report = verify(*pair("mpt", 40, layers=1), lengths=LENGTHS, only=("bias",))
+    report.save(tmp_path)
+    text = (tmp_path / "verification.json").read_text()
+    assert BiasSample(**json.loads(text)["bias"]) == report.bias
+    assert max(len(line) for line in text.splitlines()) < 600 and text.count("\n") < 200 + 2 * 40

@@ -38,6 +38,7 @@ _TYPES = {
     "q8_0": "Q8_0",
 }
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+_HALF = {"F16": 1, "Q8_0": 127}  # types with a float16 in them, which is the value divided by this at most
 _ROWS = 1 << 24  # values that are converted together
 
 
@@ -108,10 +109,7 @@ class GgufPlan:
     def _write_tensors(self, writer: Any, progress: Progress | None) -> None:
         done = 0
         for item, kind in zip(self.items, self.types, strict=True):
-            tensor = self.weights.make(item, torch.float32)
-            if kind in ("F16", "Q8_0"):  # whose scales are float16 too
-                cast(item.name, tensor if kind == "F16" else tensor / 127, torch.float16)
-            writer.write_tensor_data(_Rows(tensor, kind, _bytes(item, kind)))
+            writer.write_tensor_data(_Rows(item, self.weights.make(item, torch.float32), kind))
             done += _bytes(item, kind)
             if progress is not None:
                 progress("exporting", done, self.bytes)
@@ -123,17 +121,20 @@ class _Rows:
     So that a large matrix is never held whole in its new type, rows are converted and written in groups.
     """
 
-    def __init__(self, tensor: Tensor, kind: str, size: int) -> None:
-        self.tensor, self.kind, self.nbytes = tensor, kind, size
+    def __init__(self, item: Item, tensor: Tensor, kind: str) -> None:
+        self.name, self.tensor, self.kind, self.nbytes = item.name, tensor, kind, _bytes(item, kind)
 
     def tofile(self, file: Any) -> None:
-        """Write the values to an open file."""
+        """Write the values to an open file; `TensorError` where float16 cannot hold them."""
         import gguf
 
         kind = gguf.GGMLQuantizationType[self.kind]
         rows = self.tensor.reshape(-1, self.tensor.shape[-1])
         for block in rows.split(max(1, _ROWS // rows.shape[1])):
-            gguf.quants.quantize(block.float().contiguous().numpy(), kind).tofile(file)
+            values = block.float().contiguous()
+            if self.kind in _HALF:
+                cast(self.name, values / _HALF[self.kind], torch.float16)
+            gguf.quants.quantize(values.numpy(), kind).tofile(file)
 
 
 def plan_gguf(source: Converted, dtype: str | torch.dtype | None, tokenizer: bool, allow_nonfinite: bool) -> GgufPlan:
@@ -150,14 +151,11 @@ def plan_gguf(source: Converted, dtype: str | torch.dtype | None, tokenizer: boo
         raise ConfigFieldError(f"gguf cannot hold the head of {source.class_name}: it takes language models.")
     graph, file_type = choose_architecture(config), _file_type(dtype, source)
     with_tokenizer = tokenizer and has_tokenizer(source.path)
-    if with_tokenizer:
-        read_tokenizer(source.path, config.vocab_size)
-    padded = graph.padded(config)
-    whole = with_fields(config, dict.fromkeys(padded, True))
+    spec = read_tokenizer(source.path, config.vocab_size) if with_tokenizer else {}
+    whole = with_fields(config, dict.fromkeys(graph.padded(config), True))
     expected = meta_model(whole).state_dict()
     items = make_items(gguf_rules(whole, graph), source, expected, config.num_hidden_layers)
     types = [_type(item, file_type) for item in items]
-    notes = [f"{name}: the graph has these biases, the source has none; they are zeros" for name in padded]
     return GgufPlan(
         source=source,
         weights=Weights(source, graph.factors(config), allow_nonfinite),
@@ -167,7 +165,7 @@ def plan_gguf(source: Converted, dtype: str | torch.dtype | None, tokenizer: boo
         file_type=file_type,
         tokenizer=with_tokenizer,
         config=gguf_keys(config, graph),
-        notes=notes + _notes(config, graph, types, file_type, with_tokenizer),
+        notes=_notes(config, graph, types, file_type) + _tokenizer_notes(spec),
     )
 
 
@@ -194,8 +192,9 @@ def gguf_keys(config: AlibiConfig, graph: Architecture) -> dict[str, Any]:
     return keys
 
 
-def _notes(config: AlibiConfig, graph: Architecture, types: list[str], file_type: str, tokenizer: bool) -> list[str]:
-    notes = []
+def _notes(config: AlibiConfig, graph: Architecture, types: list[str], file_type: str) -> list[str]:
+    padded = graph.padded(config)
+    notes = [f"{name}: the graph has these biases, the source has none; they are zeros" for name in padded]
     for field, where in (("embedding_scale", "token_embd"), ("logit_scale", "output")):
         if getattr(config, field) is not None:
             notes.append(f"{field}={getattr(config, field)} is multiplied into {where}.weight")
@@ -203,11 +202,17 @@ def _notes(config: AlibiConfig, graph: Architecture, types: list[str], file_type
         notes.append(f"the queries are multiplied by {factor:g}, for the graph's own factor on the scores is another")
     if config.hidden_act == "gelu":
         notes.append("llama.cpp computes hidden_act='gelu' by its tanh form, which differs by up to 5e-4")
-    if file_type == "Q8_0" and (fallen := sum(kind == "F16" for kind in types)):
-        notes.append(f"{fallen} matrices have rows that are no multiple of 32 values, and are float16")
-    if not tokenizer:
-        notes.append("the file has no tokenizer and takes token ids only")
+    if file_type == "Q8_0" and "F16" in types:
+        notes.append(f"{types.count('F16')} matrices have rows that are no multiple of 32 values, and are float16")
     return notes
+
+
+def _tokenizer_notes(spec: dict[str, Any]) -> list[str]:
+    if not spec:
+        return ["the file has no tokenizer and takes token ids only"]
+    if spec.get("normalizer") is not None:
+        return ["llama.cpp does not apply the tokenizer's NFC: text has to be in that form already"]
+    return []
 
 
 def _type(item: Item, file_type: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from alibi_hf.checkpoints.export_config import BIASES, blamed, computed, effective_slopes, near
+from alibi_hf.checkpoints.export_compare import BIASES, blamed, computed, effective_slopes, near
 from alibi_hf.checkpoints.export_source import EMBEDDING, HEAD
 from alibi_hf.checkpoints.rules import Rule, Split
 from alibi_hf.errors import ConfigFieldError
@@ -109,7 +109,8 @@ class Architecture:
 
     def factors(self, config: AlibiConfig) -> dict[str, float]:
         """What values are multiplied by, by the pattern of our names."""
-        found = {EMBEDDING: config.embedding_scale or 1.0, HEAD: config.logit_scale or 1.0}
+        values = computed(config)
+        found = {EMBEDDING: values["embedding_scale"], HEAD: values["logit_scale"]}
         return found | {f"{_QUERY}.{part}": self.score_factor(config) for part in ("weight", "bias")}
 
     def padded(self, config: AlibiConfig) -> list[str]:
@@ -158,7 +159,8 @@ def gguf_rules(config: AlibiConfig, architecture: Architecture) -> list[Rule]:
     blk, ours = "blk.{i}.", "model.layers.{i}."
     heads, kv_heads, head_dim = head_sizes(config)
     rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    norm = computed(config)["norm_bias"]
+    values = computed(config)
+    norm, scaled = values["norm_bias"], values["embedding_scale"] != values["logit_scale"]
     modules = [
         ("token_embd", "model.embed_tokens", False),
         ("output_norm", "model.norm", norm),
@@ -172,7 +174,8 @@ def gguf_rules(config: AlibiConfig, architecture: Architecture) -> list[Rule]:
         modules.append(("token_embd_norm", "model.embed_norm", norm))
     if config.mlp_type == "gated":
         modules.append((f"{blk}ffn_gate", f"{ours}mlp.gate_proj", config.mlp_bias))
-    if not config.tie_word_embeddings or architecture.needs_output or config.logit_scale or config.embedding_scale:
+    # llama.cpp ties a head that is not there to token_embd, which has the embedding's factor in it.
+    if not config.tie_word_embeddings or architecture.needs_output or scaled:
         modules.append(("output", "lm_head", False))
     if not architecture.fused:
         modules += [(f"{blk}attn_{part}", f"{ours}self_attn.{part}_proj", config.attention_bias) for part in "qkv"]

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from alibi_hf import AlibiConfig, AlibiForCausalLM, AlibiModel
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.export import export
-from alibi_hf.checkpoints.export_config import TARGETS, computed, near
+from alibi_hf.checkpoints.export_compare import computed, near
+from alibi_hf.checkpoints.export_config import TARGETS
 from alibi_hf.checkpoints.reference import load_reference
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, TensorError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM, convert
@@ -259,9 +259,13 @@ def test_the_tokenizer_is_written(steps, cut, tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
 
 
-def test_tokenizers_that_llamacpp_would_read_otherwise_are_refused(tmp_path):
-    from tokenizers import normalizers
+def test_a_normaliser_that_llamacpp_leaves_out_is_said(tmp_path):
+    folder = ours(tmp_path / "ours", **MPT, vocab_size=280)
+    byte_level(folder, BYTES, normalizer=normalizers.NFC())
+    assert any("NFC" in note for note in export(folder, tmp_path / "out", "gguf").notes)
 
+
+def test_tokenizers_that_llamacpp_would_read_otherwise_are_refused(tmp_path):
     folder = tokenizer(ours(tmp_path / "ours", **MPT))
     with pytest.raises(CheckpointFileError, match="WordLevel tokenizer.*no-tokenizer"):
         export(folder, tmp_path / "out", "gguf")

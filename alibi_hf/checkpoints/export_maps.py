@@ -128,6 +128,8 @@ def _foundry_attention(config: AlibiConfig) -> dict[str, Any]:
         attention["kv_n_heads"] = kv_heads
     if config.qk_norm == "head":
         attention["qk_gn"] = True
+    if config.head_dim != config.hidden_size // heads:  # llm-foundry's default knows nothing of head_dim
+        attention["softmax_scale"] = computed(config)["attention_scale"]
     if config.attn_logit_softcapping is not None:
         attention["attn_logit_softcapping"] = config.attn_logit_softcapping
     return attention

@@ -118,7 +118,7 @@ def check_greedy(ours: Greedy, upstream: Greedy, tie: float, length: int, suffix
     """Return the check that greedy generation agrees token for token; see `compare_greedy`."""
     agreement = compare_greedy(ours, upstream, tie)
     rows, steps = upstream.tokens.shape
-    note = f"{rows} left-padded prompts, {steps} tokens each, against upstream's"
+    note = f"{rows} prompts in one batch, {steps} tokens each, against upstream's"
     if agreement.ties:
         note += f"; {agreement.ties} rows part at a tie of less than {tie:.1e}"
     if agreement.first:

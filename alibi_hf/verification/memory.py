@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from alibi_hf.checkpoints.shards import TensorInfo
 from alibi_hf.errors import AlibiError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
@@ -61,21 +62,22 @@ def estimate_memory(
 
 
 def estimate_layer_memory(
-    config: AlibiConfig, parameters: int, largest: int, batches: Sequence[tuple[int, int]], logits: int
+    config: AlibiConfig, layer: Sequence[TensorInfo], largest: int, batches: Sequence[tuple[int, int]], logits: int
 ) -> Estimate:
     """Estimate the peak of going layer by layer: one layer in float64, and the states between two layers.
 
     Args:
         config: sizes of the model.
-        parameters: number of parameters of a layer.
-        largest: bytes of the largest tensor in the file; it is there twice while it is compared or cast.
+        layer: the tensors of a layer.
+        largest: bytes of the largest tensor of all; both sides' are there while they are compared.
         batches: (rows, length) of what is run.
         logits: number of logits that are compared.
     """
     scores, hidden, _ = _per_token(config)
     tokens = sum(rows * length for rows, length in batches)
+    parameters = sum(info.bytes // info.dtype.itemsize for info in layer)
     return Estimate(
-        weights=max(8 * parameters + largest, 3 * largest),
+        weights=max(8 * parameters + max(info.bytes for info in layer), 2 * largest),
         gradients=0,
         activations=max(rows * (5 * scores * length**2 + hidden * length) for rows, length in batches),
         results=4 * 8 * max(config.hidden_size * tokens, logits),

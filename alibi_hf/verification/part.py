@@ -22,6 +22,7 @@ from alibi_hf.checkpoints.source import Checkpoint, with_fields
 from alibi_hf.errors import TensorError
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
+from alibi_hf.verification.bias import LAYER_FIELDS
 from alibi_hf.verification.subjects import compared_groups, longer_fields, read_config
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -46,7 +47,7 @@ class Wanted:
 
 @dataclass
 class Part:
-    """A language model with one layer or none; `layers` is the list in it for layers, `norm` what follows them."""
+    """A language model with one layer or none; `layers` is its list of layers, `norm` the module that follows them."""
 
     model: nn.Module
     layers: nn.ModuleList
@@ -132,7 +133,7 @@ class UpstreamParts:
                 continue
             if name not in names:
                 raise TensorError(f"{group.source} has no place in {self.reference.class_name}.")
-            _fill(model, name, self._values(group, wanted).to(self.stored).to(device=self.device, dtype=dtype))
+            _fill(model, name, self._values(group, wanted).to(device=self.device, dtype=dtype))
         return Part(_finish(model, self.device), layers, model.get_submodule(norm))
 
     def _values(self, group: Group, wanted: Wanted) -> torch.Tensor:
@@ -191,8 +192,9 @@ def _read_rows(read: Callable[[int, int], torch.Tensor], rows: Sequence[int] | N
 
 def _one_layer(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the fields of upstream's config that make a model of one layer; where there are none, their default."""
-    field = next(field for field in checkpoint.family.FIELDS if field.to == "num_hidden_layers")
-    return {name: 1 for name in field.names if name in checkpoint.raw} or {field.names[0]: 1}
+    fields = (field.names for field in checkpoint.family.FIELDS if field.to == "num_hidden_layers")
+    names = next(fields, LAYER_FIELDS)
+    return {name: 1 for name in names if name in checkpoint.raw} or {names[0]: 1}
 
 
 def _layer_list(model: nn.Module, attention: nn.Module) -> nn.ModuleList:

@@ -99,7 +99,7 @@ def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
     trained = checkpoint.config.max_position_embeddings
     longest = max(runner.inputs.rows[-1].shape[1], min(trained + trained // 4, LONGEST_BIAS))
     probe = BiasProbe(checkpoint, read_config(runner.output), reference, longest)
-    comparisons = _comparisons(checkpoint, reference, probe.rounds())
+    comparisons = _comparisons(checkpoint, reference, probe.rounds()) if {"layers", "model"} & set(only) else []
     runner.steps = len({"bias", "tensors"} & set(only))
     runner.steps += sum(comparison.steps for comparison in comparisons) if "model" in only else 0
     runner.steps += steps_of(checkpoint.config) * len(comparisons) if "layers" in only else 0
@@ -152,10 +152,9 @@ def _require_memory(
     elif "layers" in only:
         used = [group for group in checkpoint.groups if group.fate == "used" and group.rule.per_layer]
         layer = [checkpoint.tensors[group.source] for group in used if group.layer == 0]
-        parameters = sum(info.bytes // info.dtype.itemsize for info in layer)
         largest = max(info.bytes for info in checkpoint.tensors.values())
         batches = [(len(row), row.shape[1]) for row in rows]
-        needed = estimate_layer_memory(config, parameters, largest, batches, LOGITS)
+        needed = estimate_layer_memory(config, layer, largest, batches, LOGITS)
     else:
         return
     require_memory(needed, available_memory(device), device)

@@ -1,12 +1,25 @@
 """The estimate that comes before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import alibi_hf.verification.proof as proof_module
 from alibi_hf import AlibiConfig
+from alibi_hf.checkpoints.shards import TensorInfo
 from alibi_hf.errors import AlibiError
 from alibi_hf.verification import NotEnoughMemoryError, verify
-from alibi_hf.verification.memory import Estimate, available_memory, estimate_memory, require_memory
+from alibi_hf.verification.inputs import make_inputs
+from alibi_hf.verification.layerwise import LOGITS, layer_rows
+from alibi_hf.verification.memory import (
+    Estimate,
+    available_memory,
+    estimate_layer_memory,
+    estimate_memory,
+    require_memory,
+)
+from alibi_hf.verification.text import make_tokens
 from tests.verification.converted import LENGTHS, pair
 
 
@@ -37,3 +50,19 @@ def test_verify_refuses_before_it_loads(monkeypatch) -> None:
     report = verify(source, output, lengths=LENGTHS, only=("bias", "tensors"))
     assert all(check.passed for check in report.checks) and len(report.checks) >= 4
     assert report.verdict == "not proved" and "not checked: layers, model" in report.notes[-1]
+
+
+def test_bloom_176b_is_proved_layer_by_layer_on_24_gib() -> None:
+    """Its published sizes; a layer in float64 is 19.7 GB."""
+    config = AlibiConfig(
+        vocab_size=250880, hidden_size=14336, num_hidden_layers=70, num_attention_heads=112, intermediate_size=57344
+    )
+    width, bf16 = 14336, torch.bfloat16
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    layer = [TensorInfo(str(shape), Path(), shape, bf16) for shape in shapes]
+    inputs = make_inputs(make_tokens("", 250880), config, None, "cpu")
+    rows = layer_rows(inputs.rows, 112, asked=False)
+    batches = [(len(row), row.shape[1]) for row in rows]
+    estimate = estimate_layer_memory(config, layer, 2 * 250880 * width, batches, LOGITS)
+    assert 8 * 12 * width**2 < estimate.total < 22 * 2**30
+    assert estimate_memory(config, 176 * 10**9, inputs.batches, (2, 128), 64).total > 100 * estimate.total

@@ -129,14 +129,14 @@ class UpstreamParts:
             name = reference_name(replace(group, layer=0), names)
             if group.targets[:1] == (NORM,):
                 norm = name.rpartition(".")[0]
-            if group.fate != "used" or (group.rule.per_layer and group.layer != wanted.layer):
+            if group.fate not in ("used", "config") or (group.rule.per_layer and group.layer != wanted.layer):
                 continue
             if name not in names:
                 raise TensorError(f"{group.source} has no place in {self.reference.class_name}.")
-            _fill(model, name, self._values(group, wanted).to(device=self.device, dtype=dtype))
+            _fill(model, name, self._values(group, name, wanted).to(device=self.device, dtype=dtype))
         return Part(_finish(model, self.device), layers, model.get_submodule(norm))
 
-    def _values(self, group: Group, wanted: Wanted) -> torch.Tensor:
+    def _values(self, group: Group, name: str, wanted: Wanted) -> torch.Tensor:
         checkpoint, target = self.checkpoint, group.targets[0] if group.targets else ""
         if target in (EMBEDDING, HEAD):
             width = checkpoint.tensors[group.source].shape[1]
@@ -144,6 +144,8 @@ class UpstreamParts:
             values = _read_rows(lambda first, count: checkpoint.get_rows(group.source, first, count), rows, width)
         else:
             values = checkpoint.get(group.source)
+        if self.reference.prepare is not None:
+            values = self.reference.prepare(name, values)
         rounded = self.stored != checkpoint.dtype and target.startswith((_MODEL, HEAD))
         return values.to(self.stored) if rounded else values
 
@@ -206,12 +208,13 @@ def _layer_list(model: nn.Module, attention: nn.Module) -> nn.ModuleList:
 
 
 def _fill(model: nn.Module, name: str, values: torch.Tensor) -> None:
-    """Put values in the place of a parameter or buffer, whatever the shape of what was there."""
+    """Put values in the place of a parameter, whatever the shape of what was there, or of a buffer, in its shape."""
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
     if isinstance(module, nn.Embedding):
         module.padding_idx = None  # it may lie outside the rows that are there
-    setattr(module, leaf, nn.Parameter(values, False) if leaf in module._parameters else values)
+    is_buffer = leaf in module._buffers  # slopes, which files hold as [heads] or [heads, 1]
+    setattr(module, leaf, values.view_as(module._buffers[leaf]) if is_buffer else nn.Parameter(values, False))
 
 
 def _finish(model: nn.Module, device: str) -> nn.Module:

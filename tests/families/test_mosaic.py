@@ -113,7 +113,7 @@ def test_it_is_proved_and_inspected(family, tmp_path):
     folder = write(tmp_path / "source", family=family, layers=1, raw={"max_seq_len": 8})
     convert(folder, tmp_path / "out", verify=False)
     result = verify(folder, tmp_path / "out", lengths=[8, 12], text="a plain text")
-    assert result.proved and len(result.negative_controls) == 2
+    assert result.proved and len(result.negative_controls) == 4  # in layers and whole
     assert all(control.caught for control in result.negative_controls)
     inspection = inspect_checkpoint(folder)
     assert inspection.family == family and inspection.slopes == pytest.approx([2 ** (-8 * i / 6) for i in range(1, 7)])

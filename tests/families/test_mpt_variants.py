@@ -115,5 +115,5 @@ def test_an_unusual_layout_is_proved(tmp_path):
     convert(folder, tmp_path / "out", verify=False)
     result = verify(folder, tmp_path / "out", lengths=[8, 12], text="a plain text")
     assert result.proved
-    assert len(result.negative_controls) == 2 and all(control.caught for control in result.negative_controls)
+    assert len(result.negative_controls) == 4 and all(control.caught for control in result.negative_controls)
     assert "fused_qkv=False" in result.reference["reason"]

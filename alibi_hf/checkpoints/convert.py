@@ -129,7 +129,7 @@ def _journal(
     """The journal of this run: everything that decides what is written."""
     states = [FileState.of(path, with_header=True) for path in [checkpoint.path / "config.json", *checkpoint.shards]]
     options = {
-        "dtype": target and str(target),
+        "dtype": str(target or "as stored"),
         "max_shard_size": max_bytes,
         "alibi_rounding": checkpoint.config.alibi_rounding,
         "allow_nonfinite": allow_nonfinite,

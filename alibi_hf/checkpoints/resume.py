@@ -17,6 +17,7 @@ from alibi_hf.checkpoints.writer import JOURNAL
 from alibi_hf.errors import CheckpointFileError
 
 SCHEMA_VERSION = 1
+_AGAIN = "--overwrite (overwrite=True) starts again"
 
 
 class Journal:
@@ -86,9 +87,6 @@ class Journal:
         if file is None or not path.is_file() or path.stat().st_size != file["bytes"]:
             return None
         return file if sha256_of(path) == file["sha256"] else None
-
-
-_AGAIN = "--overwrite (overwrite=True) starts again"
 
 
 def _need_same(what: str, before: Any, now: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_damaged_shard_is_written_again(damage, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dtype": "bfloat16"}, r"dtype is not as .*: not there then, torch.bfloat16 now.*--overwrite"),
+        ({"dtype": "bfloat16"}, r"dtype is not as .*: as stored then, torch.bfloat16 now.*--overwrite"),
         ({"allow_nonfinite": True}, r"allow_nonfinite is not as .*: False then, True now"),
         ({"max_shard_size": 30_000}, r"max_shard_size is not as .*: 20000 then, 30000 now"),
         ({"alibi_rounding": "bloom"}, r"alibi_rounding is not as .*: exact then, bloom now"),

@@ -78,10 +78,10 @@ def verify(
         text=tokens.origin,
         checks=runner.checks,
         negative_controls=runner.controls,
+        bias=runner.bias,
         versions=_versions(),
         seconds=time.monotonic() - started,
         notes=_notes(checkpoint, reference, inputs, lengths, only),
-        bias=runner.bias,
     )
 
 
@@ -98,8 +98,8 @@ def _run(runner: Runner, only: Sequence[str]) -> None:
         runner.checks.append(check_tensors(checkpoint, runner.output))
     if "bias" in only:
         runner.say("bias")
-        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
         runner.bias = sample_bias(probe, longest)
+        runner.checks += check_bias(probe, sorted({min(trained, longest), longest}), checkpoint.family_name)
     for comparison in comparisons:
         runner.run(comparison)
     runner.say("done")

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from alibi_hf.verification.compact import compact_json
 from alibi_hf.verification.page import as_page
 from alibi_hf.verification.render import as_markdown, as_table
 
 SCHEMA_VERSION = 1
-_NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]")  # a list of plain numbers over several lines
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Control:
 
 @dataclass(frozen=True)
 class BiasSample:
-    """The bias of the last of `length` tokens in float32, at a few distances; what the page draws.
+    """The bias of the last of `length` tokens in float32, at a few distances, for the page; none where not checked.
 
     Attributes:
         length: tokens of the row, without padding.
@@ -80,10 +78,7 @@ class BiasSample:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`: proved if every check passed and every wrong conversion was caught.
-
-    `bias` is None where the bias was not checked.
-    """
+    """The result of `verify`: proved if every check passed and every wrong conversion was caught."""
 
     source: str
     output: str
@@ -94,8 +89,8 @@ class Verification:
     negative_controls: list[Control]
     versions: dict[str, str]
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
     bias: BiasSample | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def proved(self) -> bool:
@@ -120,9 +115,7 @@ class Verification:
         """Write `verification.json`, `.md` and `.html` to `directory` and return the path of the second."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
-        (folder / "verification.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "verification.json").write_text(compact_json(self.to_dict()), encoding="utf-8")
         (folder / "verification.md").write_text(as_markdown(self), encoding="utf-8")
         (folder / "verification.html").write_text(as_page(self), encoding="utf-8")
         return folder / "verification.md"

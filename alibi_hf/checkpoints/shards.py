@@ -158,7 +158,7 @@ def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) ->
 def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header; checks that the file is as long as the header says."""
     header, start = _safetensors_header(path)
-    tensors, extents = {}, [(0, 0)]
+    tensors, end = {}, 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -170,29 +170,30 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
                 f"{', '.join(DTYPES)}. Use the unquantised checkpoint."
             )
         tensors[name] = TensorInfo(name, path, tuple(entry["shape"]), dtype, start + entry["data_offsets"][0])
-        extents.append(_extent(tensors[name], *entry["data_offsets"]))
-    extents.sort()
-    size, end = path.stat().st_size, extents[-1][1]
+        end = max(end, entry["data_offsets"][1])
+    size = path.stat().st_size
     if size != start + end:
         raise CheckpointFileError(
             f"{path} is {size} bytes long, its header says {start + end}: truncated or damaged; download it again."
         )
-    for (_, left), (right, _) in pairwise(extents):
+    _check_places(path, tensors, {name: header[name]["data_offsets"] for name in tensors})
+    return tensors
+
+
+def _check_places(path: Path, tensors: dict[str, TensorInfo], places: dict[str, list[int]]) -> None:
+    """Each tensor has room for its shape, and they follow one another without gap or overlap."""
+    for name, (begin, end) in places.items():
+        if end - begin != tensors[name].bytes:
+            raise CheckpointFileError(
+                f"{path}: {name} of shape {list(tensors[name].shape)} takes {tensors[name].bytes} bytes, its place in "
+                f"the file has {end - begin}; the header is damaged, download it again."
+            )
+    for (_, left), (right, _) in pairwise([(0, 0), *sorted(map(tuple, places.values()))]):
         if left != right:
             raise CheckpointFileError(
                 f"{path}: one tensor ends at byte {left}, the next begins at {right}; the header is damaged, download "
                 f"it again."
             )
-    return tensors
-
-
-def _extent(info: TensorInfo, begin: int, end: int) -> tuple[int, int]:
-    if end - begin != info.bytes:
-        raise CheckpointFileError(
-            f"{info.shard}: {info.name} of shape {list(info.shape)} in {str(info.dtype).removeprefix('torch.')} is "
-            f"{info.bytes} bytes, its place in the file {end - begin}; the header is damaged, download it again."
-        )
-    return begin, end
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:

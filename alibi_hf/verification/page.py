@@ -59,8 +59,8 @@ def _verdict(report: Verification) -> str:
     counts = f"{len(report.checks)} checks, {len(report.negative_controls)} conversions that are wrong on purpose"
     return f"""<header class="verdict{"" if report.proved else " failed"}">
 <h1><strong>{report.verdict.capitalize()}</strong>: {escape(report.output)}</h1>
-<p>It was made from <code>{escape(report.source)}</code> (family {escape(report.family)}) and compared with
-<code>{escape(reference["class"])}</code>: {counts}, {report.seconds:.0f} s.</p>
+<p>Held against <code>{escape(report.source)}</code> (family {escape(report.family)}) as
+<code>{escape(reference["class"])}</code> computes it: {counts}, {report.seconds:.0f} s.</p>
 {"" if report.proved else _list(wrong)}</header>
 """
 

@@ -85,11 +85,11 @@ def verify(
         text=tokens.origin,
         checks=runner.checks,
         negative_controls=runner.controls,
+        bias=runner.bias,
         versions=_versions(),
         seconds=time.monotonic() - started,
         notes=_notes(checkpoint, reference, inputs, lengths, only) + _layer_notes(inputs, rows, only),
         parts=tuple(part for part in PARTS if part in only),
-        bias=runner.bias,
     )
 
 

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +14,13 @@ from typing import Any
 
 from rich.table import Table
 
+from alibi_hf.verification.compact import compact_json
 from alibi_hf.verification.page import as_page
 from alibi_hf.verification.render import as_markdown, as_table
 
 SCHEMA_VERSION = 1
 PARTS = ("bias", "tensors", "layers", "model")
 LAYERWISE = ("bias", "tensors", "layers")  # what proves a model too large to be run whole
-_NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]")  # a list of plain numbers over several lines
 
 
 def is_enough(parts: Collection[str]) -> bool:
@@ -74,7 +72,7 @@ class Control:
 
 @dataclass(frozen=True)
 class BiasSample:
-    """The bias of the last of `length` tokens in float32, at a few distances; what the page draws.
+    """The bias of the last of `length` tokens in float32, at a few distances, for the page; none where not checked.
 
     Attributes:
         length: tokens of the row, without padding.
@@ -104,9 +102,9 @@ class Verification:
     negative_controls: list[Control]
     versions: dict[str, str]
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
     parts: tuple[str, ...] = PARTS
     bias: BiasSample | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def proved(self) -> bool:
@@ -133,9 +131,7 @@ class Verification:
         """Write `verification.json`, `.md` and `.html` to `directory` and return the path of the second."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
-        (folder / "verification.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "verification.json").write_text(compact_json(self.to_dict()), encoding="utf-8")
         (folder / "verification.md").write_text(as_markdown(self), encoding="utf-8")
         (folder / "verification.html").write_text(as_page(self), encoding="utf-8")
         return folder / "verification.md"

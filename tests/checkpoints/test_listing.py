@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.inspect import inspect_checkpoint
 from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList, list_families
+from alibi_hf.cli import app
 from alibi_hf.errors import ConfigFieldError
 from alibi_hf.families import all_families
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -61,6 +63,15 @@ def test_a_family_is_exported_where_the_list_says_so(family, target, tmp_path):
     else:
         with pytest.raises(ConfigFieldError):
             module.export(tmp_path / "ours", tmp_path / "out", to=target)
+
+
+def test_the_command_line_prints_it_for_people_programs_and_the_readme():
+    printed = [CliRunner().invoke(app, ["families", *flags]) for flags in ([], ["--json"], ["--markdown"])]
+    assert [result.exit_code for result in printed] == [0, 0, 0]
+    people, programs, readme = [result.stdout for result in printed]
+    assert json.loads(programs) == list_families().to_dict() and readme == list_families().markdown()
+    for family in LISTED.values():
+        assert all(word in people for word in (family.name, family.reference, family.checkpoints[0]))
 
 
 def test_it_is_saved(tmp_path):

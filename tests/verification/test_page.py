@@ -13,7 +13,7 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification import Check, verify
 from alibi_hf.verification.bias import BiasProbe, sample_bias
 from alibi_hf.verification.page import as_page
-from alibi_hf.verification.page_figures import draw
+from alibi_hf.verification.page_figures import draw, layer_of
 from alibi_hf.verification.render import check_cells
 from alibi_hf.verification.report import BiasSample, Control, Verification
 from alibi_hf.verification.subjects import read_config
@@ -27,7 +27,7 @@ HOSTILE = "<script>alert('x')</script> & \"$\\frac\" <img src=x onerror=alert(1)
 def proved() -> Verification:
     report = verify(*pair("bloom"), lengths=LENGTHS)
     assert report.proved
-    return report
+    return dataclasses.replace(report, checks=[check for check in report.checks if layer_of(check) is None])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_it_says_what_the_other_files_say(proved, tmp_path):
     rows = [cells[start : start + 9] for start in range(0, len(cells), 9)]
     assert rows[: len(proved.checks)] == [check_cells(check) for check in proved.checks]
     assert [row[0] for row in rows[len(proved.checks) :]] == [f"wrong: {c.name}" for c in proved.negative_controls]
-    assert [row[-1] for row in rows[len(proved.checks) :]] == ["caught", "caught"]
+    assert {row[-1] for row in rows[len(proved.checks) :]} == {"caught"}
     whole = unescape((tmp_path / "verification.html").read_text(encoding="utf-8"))
     for words in (proved.reference["class"], proved.reference["truth"], proved.text, *proved.versions.values()):
         assert words in whole
@@ -174,7 +174,7 @@ def test_without_matplotlib_it_says_what_is_missing(proved, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = as_page(proved)
     assert 'pip install "alibi-hf[plots]"' in unescape(text) and not Page(text).named("svg")
-    assert len(Page(text).texts["td"]) == 9 * (len(proved.checks) + 2)
+    assert len(Page(text).texts["td"]) == 9 * (len(proved.checks) + len(proved.negative_controls))
 
 
 def test_errors_are_drawn_layer_by_layer(proved):

@@ -1,0 +1,15 @@
+"""JSON that a person can scroll through: a list of numbers stays on one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]")  # strings hold no newline, so this cannot be inside one
+
+
+def compact_json(value: Any) -> str:
+    """Return `value` as JSON with a newline at the end; `ValueError` for NaN and infinities."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"

@@ -24,6 +24,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Normalised, Rule, Split
 from alibi_hf.errors import ConfigFieldError
+from alibi_hf.families._about import About
 from alibi_hf.families._baichuan_plain import PlainBaichuanForCausalLM, normalise_head
 from alibi_hf.families._fields import (
     BOOL,
@@ -44,6 +45,18 @@ from alibi_hf.model.configuration_alibi import AlibiConfig
 NAMES = ("baichuan", "BaichuanForCausalLM", "BaichuanModel", "BaiChuanForCausalLM")
 ROUNDINGS = ("exact", "baichuan")
 REFERENCE = "alibi_hf.families._baichuan_plain.PlainBaichuanForCausalLM"
+ABOUT = About(
+    checkpoints=("Baichuan-13B", "Baichuan2-13B", "HuatuoGPT-II-13B", "DISC-MedLLM", "DISC-FinLLM"),
+    switches=("norm_type", "mlp_type", "tie_word_embeddings", 'alibi_rounding="baichuan"'),
+    outside=("llama.cpp",),
+    exports=("gguf",),
+    defects=(
+        "the bias, by absolute column, is rounded to the model's dtype",
+        "a buffer of heads x 4096 x 4096 is held",
+        "the first forward pass changes the head's weight",
+        "remote code that Transformers 5 no longer loads",
+    ),
+)
 PREFIX = "model."
 BAICHUAN2_VOCABULARY = 125696
 WIDTH_OF_7B = 4096

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.families._about import About
 from alibi_hf.families._btlm import REFERENCE, ROUNDINGS, btlm_recognise, btlm_reference, btlm_rules
 from alibi_hf.families._btlm_config import FIELDS, btlm_config
 from alibi_hf.families._reference import Reference
@@ -25,8 +26,29 @@ NAMES = (
     "JAISForTokenClassification",
     "JAISForQuestionAnswering",
 )
+ABOUT = About(
+    checkpoints=("Jais-13B", "Jais-30B-v1", "Jais-30B-v3", "their chat versions", "Jais family 590M to 30B"),
+    switches=(
+        "alibi_slopes (stored in the checkpoint)",
+        "alibi_scaling",
+        "attention_scale",
+        "embedding_scale",
+        "logit_scale",
+        "mlp_type",
+        'alibi_rounding="jais"',
+    ),
+    outside=("llama.cpp",),
+    exports=("gguf",),
+    defects=(
+        "slopes and bias are rounded to the model's dtype",
+        "rows longer than n_positions fail",
+        "vLLM ignores alibi_scaling and assumes tied embeddings",
+        "remote code that Transformers 5 no longer loads",
+        "packed documents see each other",
+    ),
+)
 
-__all__ = ["FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
+__all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
 
 
 def recognise(raw: dict[str, Any], tensor_names: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from alibi_hf.checkpoints.rules import Rule, Split
+from alibi_hf.families._about import About
 from alibi_hf.families._fields import BOOL, INT, NUMBER, TOKEN_IDS, Field, build_config, need_multiple, read_fields
 from alibi_hf.families._layout import (
     dropped_rules,
@@ -34,6 +35,18 @@ from alibi_hf.model.configuration_alibi import AlibiConfig
 NAMES = ("refact", "gpt_refact", "GPTRefactForCausalLM", "GPTRefactModel")
 ROUNDINGS = ("exact",)
 REFERENCE = "alibi_hf.families._refact_plain.PlainRefactForCausalLM"
+ABOUT = About(
+    checkpoints=("Refact-1.6B-fim", "Refact-1.6B-base"),
+    switches=("num_key_value_heads", "mlp_type", "norm_bias", "tie_word_embeddings"),
+    outside=("llama.cpp",),
+    exports=("gguf",),
+    defects=(
+        "rows longer than n_positions fail",
+        "llama.cpp's refact takes LayerNorm for RMSNorm",
+        "remote code that Transformers 5 no longer loads",
+        "packed documents see each other",
+    ),
+)
 PREFIX = "transformer."
 MULTIPLE = 256  # the MLP's width is rounded up to one
 

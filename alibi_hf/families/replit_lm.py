@@ -9,15 +9,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.families._about import About
 from alibi_hf.families._layout import named
 from alibi_hf.families._mosaic import FIELDS, REFERENCE, has_old_names, mosaic_config, mosaic_reference, mosaic_rules
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 NAMES = ("replit_lm", "ReplitLM")
+ABOUT = About(
+    checkpoints=("replit-code-v1-3b (first upload)",),
+    switches=("alibi_slopes (where the number of heads is no power of two)", "qk_norm", "clip_qkv"),
+    outside=(),
+    exports=("llm-foundry", "gguf"),
+    defects=(
+        "slopes of a number of heads that is no power of two are not the paper's; kept as they were trained",
+        "remote code that Transformers 5 no longer loads",
+        "packed documents see each other",
+    ),
+)
 ROUNDINGS = ("exact",)
 
-__all__ = ["FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
+__all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
 
 
 def recognise(raw: dict[str, Any], tensor_names: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from alibi_hf.checkpoints.rules import Rule
+from alibi_hf.families._about import About
 from alibi_hf.families._fields import BOOL, INT, NUMBER, TOKEN_IDS, Field, build_config, need_multiple, read_fields
 from alibi_hf.families._layout import has_tensor, head_rules, layer_modules, named, parameter_rules
 from alibi_hf.families._plain import plain_reference
@@ -25,6 +26,18 @@ from alibi_hf.model.configuration_alibi import AlibiConfig
 NAMES = ("step1", "Step1ForCausalLM", "Step1Model", "Step1MoEForCausalLM")
 ROUNDINGS = ("exact",)
 REFERENCE = "alibi_hf.families._step1_plain.PlainStep1ForCausalLM"
+ABOUT = About(
+    checkpoints=("Step-Audio-TTS-3B", "Step-Audio-EditX", "Step-Audio-Chat-130B"),
+    switches=("alibi_distance (square root)", "num_key_value_heads", "norm_type", "mlp_type"),
+    outside=(),
+    exports=(),
+    defects=(
+        "attention_mask is ignored: padding changes the answers",
+        "a bias of heads x queries x keys is built in every layer",
+        "remote code that Transformers 5 no longer loads",
+        "packed documents see each other",
+    ),
+)
 PREFIX = "model."
 _NO_BIASES = "Upstream's class has no biases."
 

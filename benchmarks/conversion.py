@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-mb", type=int, default=1000, help="private memory to stay within (default: 1000)")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="to convert with (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=1, help="of copying and converting (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs three times the checkpoint's size")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs twice the checkpoint's size")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/, by machine)")
     return parser.parse_args(arguments)
 

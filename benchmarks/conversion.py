@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.conversion", description=__doc__.split("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the checkpoint in bfloat16 (default: 8)")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint in bfloat16 (default: 4)")
     parser.add_argument("--shard-mb", type=int, default=500, help="of its shards (default: %(default)s)")
-    parser.add_argument("--limit-mb", type=int, default=2000, help="private memory to stay within (default: 2000)")
+    parser.add_argument("--limit-mb", type=int, default=1000, help="private memory to stay within (default: 1000)")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="to convert with (default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="of copying and converting (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs three times the checkpoint's size")
+    parser.add_argument("--rounds", type=int, default=1, help="of copying and converting (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; needs twice the checkpoint's size")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/, by machine)")
     return parser.parse_args(arguments)
 

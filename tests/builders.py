@@ -141,9 +141,6 @@ def falcon(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, **kw
     return write(folder, raw, untied(model), **kwargs)
 
 
-FAMILIES = {"bloom": bloom, "mpt": mpt, "falcon": falcon}
-
-
 def ids(batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
     """Seeded token ids, [batch, length]."""
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

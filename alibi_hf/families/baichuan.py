@@ -49,7 +49,7 @@ ABOUT = About(
     checkpoints=("Baichuan-13B", "Baichuan2-13B", "HuatuoGPT-II-13B", "DISC-MedLLM", "DISC-FinLLM"),
     switches=("norm_type", "mlp_type", "tie_word_embeddings", 'alibi_rounding="baichuan"'),
     outside=("llama.cpp",),
-    exports=("gguf",),
+    exports=("llm-foundry", "gguf"),
     defects=(
         "the bias, by absolute column, is rounded to the model's dtype",
         "a buffer of heads x 4096 x 4096 is held",

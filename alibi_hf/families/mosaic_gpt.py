@@ -20,7 +20,7 @@ ABOUT = About(
     checkpoints=("mpt-1b-redpajama-200b", "mpt-1b-redpajama-200b-dolly"),
     switches=("alibi_slopes (where the number of heads is no power of two)", "qk_norm", "clip_qkv"),
     outside=(),
-    exports=("llm-foundry", "gguf"),
+    exports=("llm-foundry",),
     defects=(
         "slopes of a number of heads that is no power of two are not the paper's; kept as they were trained",
         "remote code that Transformers 5 no longer loads",

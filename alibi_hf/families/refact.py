@@ -39,7 +39,7 @@ ABOUT = About(
     checkpoints=("Refact-1.6B-fim", "Refact-1.6B-base"),
     switches=("num_key_value_heads", "mlp_type", "norm_bias", "tie_word_embeddings"),
     outside=("llama.cpp",),
-    exports=("gguf",),
+    exports=("llm-foundry", "gguf"),
     defects=(
         "rows longer than n_positions fail",
         "llama.cpp's refact takes LayerNorm for RMSNorm",

@@ -16,7 +16,8 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError, UnknownFamilyError, UnsafeSourceError
 from alibi_hf.families import all_families
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
-from tests.builders import FAMILIES, VOCAB
+from tests.all_families import FAMILIES
+from tests.builders import VOCAB
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EVERY = pytest.mark.parametrize("family", FAMILIES)

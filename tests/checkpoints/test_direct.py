@@ -11,7 +11,8 @@ from alibi_hf.errors import AlibiError, ConfigFieldError, TensorError, UnknownFa
 from alibi_hf.model import modeling_alibi
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM, AlibiModel, AlibiPreTrainedModel
-from tests.builders import FAMILIES, bloom, distance, falcon, foundry, ids, mpt, tokenizer
+from tests.all_families import FAMILIES
+from tests.builders import bloom, distance, falcon, foundry, ids, mpt, tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ from alibi_hf.checkpoints.export_config import TARGETS
 from alibi_hf.checkpoints.reference import load_reference
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, TensorError
-from tests.builders import FAMILIES, bloom, distance, falcon, fill, foundry, ids, mpt, tokenizer
+from tests.all_families import FAMILIES
+from tests.builders import bloom, distance, falcon, fill, foundry, ids, mpt, tokenizer
 from tests.checkpoints.exporting import BLOOM, MPT, bend_bias, count_held, our_logits, ours
 
 LIMIT = 1e-5  # of the largest logit: float32 on both sides

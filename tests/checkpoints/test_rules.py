@@ -7,7 +7,8 @@ from alibi_hf.checkpoints.plan import make_plan
 from alibi_hf.checkpoints.rules import Interleaved, Rule, Split, Transposed
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import TensorError
-from tests.builders import FAMILIES, bloom, falcon, foundry
+from tests.all_families import FAMILIES
+from tests.builders import bloom, falcon, foundry
 
 
 @pytest.mark.parametrize("operation", [Split((24, 8, 8)), Interleaved(5, 4), Interleaved(2, 2), Transposed()])
@@ -52,9 +53,10 @@ def test_names_match_with_and_without_prefix_and_nothing_else():
 def test_to_and_back_is_bit_identical(build, heads, tmp_path):
     checkpoint = Checkpoint.open(build(tmp_path, heads=heads, layers=1))
     ours = {}
-    for group in checkpoint.groups:
+    moved = [group for group in checkpoint.groups if group.fate == "used"]
+    for group in moved:
         ours |= zip(group.targets, group.rule.forward(checkpoint.get(group.source)), strict=True)
-    for group in checkpoint.groups:
+    for group in moved:
         assert torch.equal(group.rule.inverse([ours[name] for name in group.targets]), checkpoint.get(group.source))
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError, UnsafeSourceError
-from tests.builders import FAMILIES, bloom, falcon, mpt
+from tests.all_families import FAMILIES
+from tests.builders import bloom, falcon, mpt
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,7 +34,7 @@ def edit(path, edit_function):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_every_layout_opens(build, shards, prefix, tmp_path):
     checkpoint = Checkpoint.open(build(tmp_path, shards=shards, prefix=prefix, dtype=torch.bfloat16))
-    assert {group.fate for group in checkpoint.groups} == {"used"}
+    assert {group.fate for group in checkpoint.groups} <= {"used", "config", "dropped"}
     assert len(checkpoint.groups) == len(checkpoint.tensors)
     assert checkpoint.dtype == torch.bfloat16 and checkpoint.class_name == "AlibiForCausalLM"
     assert len(checkpoint.sha256()) == shards

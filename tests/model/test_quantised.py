@@ -20,7 +20,8 @@ from alibi_hf.checkpoints.convert import convert
 from alibi_hf.errors import AlibiError
 from alibi_hf.model import sdpa_alibi
 from alibi_hf.model.bias_alibi import Distances
-from tests.builders import FAMILIES, HEAD_DIM, distance, ids
+from tests.all_families import FAMILIES
+from tests.builders import HEAD_DIM, distance, ids
 from tests.model.cases import CASES, TOLERANCE, assert_close, build, documents
 from tests.model.feeding import FEEDS
 from tests.references.decoder import decode

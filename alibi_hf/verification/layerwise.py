@@ -53,12 +53,15 @@ def steps_of(config: AlibiConfig) -> int:
 
 
 def layer_rows(rows: list[torch.Tensor], heads: int, asked: bool) -> list[torch.Tensor]:
-    """Return the rows `[batch, length]` to run: as they are if `asked` for, else cut to keep scores in `SCORES`."""
+    """Return the rows `[batch, length]` to run: as they are if `asked` for, else the longest, cut to `SCORES`.
+
+    A layer is causal, so the start of a long row is what a shorter one would show.
+    """
     if asked:
         return rows
     longest = isqrt(SCORES // (8 * heads))
-    cut = {row.shape[1]: row for row in (row[:, :longest] for row in rows)}
-    return [row[: max(1, SCORES // (8 * heads * length**2))] for length, row in cut.items()]
+    row = rows[-1][:, :longest]
+    return [row[: max(1, SCORES // (8 * heads * row.shape[1] ** 2))]]
 
 
 class LayerRunner:

@@ -48,7 +48,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	    + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt --editable .
+	$(PIP) install -c constraints.txt --editable '.[plots]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

@@ -68,7 +68,7 @@ def run(source: Path, progress: Progress) -> Outcome:
     written = generate_elsewhere(output)
     show(3, "done")
     seconds = time.monotonic() - started
-    return Outcome(inspection, conversion.verification, output / "verification.md", written, seconds)
+    return Outcome(inspection, conversion.verification, output / "verification.html", written, seconds)
 
 
 def generate_elsewhere(folder: Path) -> dict:

@@ -146,7 +146,7 @@ class Runner:
         tie = 0.0
         for key, mine in ours.logits.items():
             size = float(truth[key].abs().max())
-            self.checks.append(_logits_check(key, dtype, mine, theirs.logits[key], size, suffix))
+            self.checks.append(logits_check(key[0] + suffix, dtype, key[1], mine, theirs.logits[key], size))
             tie = max(tie, 2 * GATES[dtype].limit(theirs.logits[key], size))
         if ours.training and theirs.training and ours.greedy and theirs.greedy:
             length = self.inputs.training.shape[1]
@@ -180,14 +180,21 @@ class Measured:
     greedy: Greedy | None = None
 
 
-def _logits_check(
-    key: Key, dtype: torch.dtype, ours: Difference, theirs: Difference, size: float, suffix: str
+def logits_check(
+    name: str,
+    dtype: torch.dtype,
+    length: int,
+    ours: Difference,
+    theirs: Difference,
+    size: float,
+    layer: int | None = None,
 ) -> Check:
+    """Return the check that holds our error beside upstream's; `size` is the largest value of the truth."""
     judgement = judge(GATES[dtype], ours, theirs, size)
     return Check(
-        name=key[0] + suffix,
+        name=name,
         dtype=str(dtype).removeprefix("torch."),
-        length=key[1],
+        length=length,
         ours=judgement.ours,
         upstream=judgement.upstream,
         limit=judgement.limit,
@@ -195,4 +202,5 @@ def _logits_check(
         metric=judgement.metric,
         detail={"ours": ours.to_dict(), "upstream": theirs.to_dict()},
         note=judgement.note,
+        layer=layer,
     )

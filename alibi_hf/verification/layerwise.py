@@ -15,8 +15,8 @@ import torch
 
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification import controls
-from alibi_hf.verification.compare import DTYPES, Comparison, Runner
-from alibi_hf.verification.measure import GATES, Difference, compare_logits, compare_states, judge
+from alibi_hf.verification.compare import DTYPES, Comparison, Runner, logits_check
+from alibi_hf.verification.measure import Difference, compare_logits, compare_states
 from alibi_hf.verification.part import OurParts, Part, UpstreamParts, Wanted
 from alibi_hf.verification.report import Check, Control
 from alibi_hf.verification.subjects import read_config
@@ -114,20 +114,8 @@ class LayerRunner:
         ours: Difference,
         theirs: Difference,
     ) -> Check:
-        judgement = judge(GATES[dtype], ours, theirs, float(truth.abs().max()))
-        return Check(
-            name=step.name + self.comparison.suffix,
-            dtype=str(dtype).removeprefix("torch."),
-            length=given.shape[1],
-            ours=judgement.ours,
-            upstream=judgement.upstream,
-            limit=judgement.limit,
-            passed=judgement.passed,
-            metric=judgement.metric,
-            detail={"ours": ours.to_dict(), "upstream": theirs.to_dict()},
-            note=judgement.note,
-            layer=step.layer,
-        )
+        name, size = step.name + self.comparison.suffix, float(truth.abs().max())
+        return logits_check(name, dtype, given.shape[1], ours, theirs, size, step.layer)
 
     def _controls(self, step: Step, given: torch.Tensor, truth: torch.Tensor, upstream: Difference) -> list[Control]:
         """Hold two wrong first layers against the truth; both must fail."""

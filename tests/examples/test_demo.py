@@ -21,7 +21,7 @@ def test_demo_proves_both_checkpoints(tmp_path: Path) -> None:
     result = run_demo(f"demo.OUTPUT = demo.Path({str(tmp_path / 'demo')!r})")
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("sotu-bloom", "sotu-mpt"):
-        report = tmp_path / "demo" / name / "verification.md"
+        report = tmp_path / "demo" / name / "verification.html"
         assert report.is_file()
         assert f"Report: {report}" in result.stdout
     assert result.stdout.count("512 (trained on 256)") == 2

@@ -111,6 +111,7 @@ STANDARD_INERT: dict[str, str] = {
             "chunk_size_feed_forward",
             "use_return_dict",
             "custom_pipelines",
+            "_flash_attn_2_enabled",
         ],
         _BOOKKEEPING,
     ),
@@ -118,6 +119,7 @@ STANDARD_INERT: dict[str, str] = {
     **dict.fromkeys(["unk_token_id", "sep_token_id", "decoder_start_token_id"], "no model of this kind reads it"),
     "is_decoder": "every model of this package is a decoder",
     "use_cache": "a default of calls; this package's is true",
+    "gradient_checkpointing": "a setting of training",
     "initializer_range": "only new weights would read it",
 }
 # Standard fields that are harmless only at these values.

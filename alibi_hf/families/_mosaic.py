@@ -45,7 +45,7 @@ _TIED = "Upstream's code multiplies by the embedding, whatever this field says; 
 
 FIELDS = (
     Field(("vocab_size",), INT, default=50368, to="vocab_size"),
-    Field(("d_model",), INT, default=2048, to="hidden_size"),
+    Field(("d_model", "hidden_size"), INT, default=2048, to="hidden_size"),
     Field(("n_layers",), INT, default=24, to="num_hidden_layers"),
     Field(("n_heads",), INT, default=16, to="num_attention_heads"),
     Field(("mlp_ratio",), INT, default=4),

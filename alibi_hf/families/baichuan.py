@@ -78,7 +78,6 @@ FIELDS = (
 )
 INERT = {
     "_from_model_config": "describes the file, not the computation",
-    "gradient_checkpointing": "a setting of training",
     "max_position_embeddings": "read by the code of the 7B models only",
 }
 

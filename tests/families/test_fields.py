@@ -119,6 +119,13 @@ def test_standard_fields_are_understood(family):
 
 
 @pytest.mark.parametrize("family", MINIMAL)
+def test_what_older_transformers_and_trainers_wrote_is_understood(family):
+    width = mapped(family).hidden_size
+    older = {"gradient_checkpointing": False, "_flash_attn_2_enabled": True, "hidden_size": width}
+    assert mapped(family, **older).hidden_size == width
+
+
+@pytest.mark.parametrize("family", MINIMAL)
 def test_quantised_and_encoder_decoder_checkpoints_are_refused(family):
     with pytest.raises(ConfigFieldError, match=r"quantization_config="):
         mapped(family, quantization_config={"bits": 4})

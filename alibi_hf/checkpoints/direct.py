@@ -102,13 +102,18 @@ def _refuse_quantising(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
 
 
 def _config(checkpoint: Checkpoint, cls: type[AlibiPreTrainedModel], kwargs: dict[str, Any]) -> AlibiConfig:
-    """The checkpoint's config, or the caller's; fields of it are taken out of `kwargs` and set."""
+    """The checkpoint's config, or the caller's; fields of it are taken out of `kwargs` and set.
+
+    What the caller's leaves open and tensors of the checkpoint say (slopes) is the checkpoint's.
+    """
     given = kwargs.pop("config", None)
     if given is not None and getattr(given, "model_type", None) != AlibiConfig.model_type:
         raise AlibiError(
             f"config is a {type(given).__name__}; pass an AlibiConfig, or none and the checkpoint's own is mapped."
         )
     config = checkpoint.config if given is None else given
+    stored = (name for group in checkpoint.groups if group.fate == "config" for name in group.targets)
+    config = with_fields(config, {n: getattr(checkpoint.config, n) for n in stored if getattr(config, n) is None})
     fields = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(config, name) and name not in _NOT_FIELDS}
     config = with_fields(config, fields)
     check_rounding(checkpoint.family, config)

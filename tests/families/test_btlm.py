@@ -299,6 +299,17 @@ def test_stored_slopes_are_kept_as_stored(dtype, slopes, tmp_path):
         assert f"{SLOPES} is kept as stored, in {str(dtype).removeprefix('torch.')}" in notes[0]
 
 
+def test_stored_slopes_hold_beside_a_config_of_the_callers_that_names_none(tmp_path):
+    folder = btlm.write(tmp_path, slopes=torch.tensor([0.9, 0.7, 0.5, 0.3, 0.2, 0.1]))
+    raw = json.loads((folder / "config.json").read_text())
+    given = find_family(raw).config(raw)
+    model = AlibiForCausalLM.from_pretrained(folder, config=given, dtype=torch.float64).eval()
+    with torch.no_grad():
+        assert distance(model(ids()).logits, btlm.logits(folder, ids())) < 1e-7
+    given.alibi_slopes = alibi_slopes(6)
+    assert AlibiForCausalLM.from_pretrained(folder, config=given).config.alibi_slopes == alibi_slopes(6)
+
+
 def test_slopes_that_no_file_holds_are_the_formulas(tmp_path):
     checkpoint = Checkpoint.open(btlm.write(tmp_path, stored=False))
     assert checkpoint.config.alibi_slopes is None and not checkpoint.notes

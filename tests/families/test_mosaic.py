@@ -10,8 +10,9 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import ConfigFieldError, TensorError, UnknownFamilyError
 from alibi_hf.families import find_family
 from alibi_hf.verification import verify
-from tests.families.parity import check_mutations, check_parity
-from tests.references.mosaic import logits, write
+from tests.families.agreement import SINGLE, check, scale_slopes, tokens, wrong_by
+from tests.references import mosaic
+from tests.references.mosaic import write
 
 FAMILIES = ["mosaic_gpt", "replit_lm"]
 CASES = {
@@ -35,16 +36,18 @@ def mapped(family="mosaic_gpt", **fields):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_feature(family, case, tmp_path):
-    check_parity(write(tmp_path / "source", family=family, **CASES[case]), tmp_path / "out", logits)
+    check(mosaic, write(tmp_path / "source", family=family, **CASES[case]), tmp_path / "out", SINGLE)
 
 
 @pytest.mark.parametrize("heads", [1, 6, 12, 16, 40])
 def test_head_counts(heads, tmp_path):
-    check_parity(write(tmp_path / "source", heads=heads, layers=1), tmp_path / "out", logits, backend="sdpa")
+    check(mosaic, write(tmp_path / "source", heads=heads, layers=1), tmp_path / "out", SINGLE, backend="sdpa")
 
 
-def test_a_wrong_bias_does_not_pass(tmp_path):
-    check_mutations(write(tmp_path, family="replit_lm"), logits)
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_wrong_bias_does_not_pass(factor, tmp_path):
+    folder = write(tmp_path, family="replit_lm")
+    assert wrong_by(folder, mosaic.logits(folder, tokens()), scale_slopes(factor)) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

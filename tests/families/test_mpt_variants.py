@@ -10,8 +10,9 @@ from alibi_hf.errors import TensorError
 from alibi_hf.families import find_family
 from alibi_hf.families._mpt_layout import mpt_layout
 from alibi_hf.verification import verify
-from tests.families.parity import check_mutations, check_parity
-from tests.references.foundry import logits, write
+from tests.families.agreement import SINGLE, check, scale_slopes, swap, tokens, wrong_by
+from tests.references import foundry
+from tests.references.foundry import write
 
 GQA = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
 GLU = {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}}
@@ -61,17 +62,21 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_feature(case, tmp_path):
-    check_parity(write(tmp_path / "source", **CASES[case]), tmp_path / "out", logits)
+    check(foundry, write(tmp_path / "source", **CASES[case]), tmp_path / "out", SINGLE)
 
 
 @pytest.mark.parametrize("heads", [1, 6, 12, 40])
 def test_head_counts(heads, tmp_path):
     folder = write(tmp_path / "source", heads=heads, layers=1, attn_config={"fused_qkv": False})
-    check_parity(folder, tmp_path / "out", logits, backend="sdpa", exact=1e-10 if heads == 1 else 1e-7)
+    check(foundry, folder, tmp_path / "out", SINGLE, backend="sdpa")
 
 
-def test_a_wrong_bias_or_gate_does_not_pass(tmp_path):
-    check_mutations(write(tmp_path, attn_config={"fused_qkv": False}, raw={"ffn_config": GLU}), logits)
+@pytest.mark.parametrize(
+    "change", [scale_slopes(0.0), scale_slopes(-1.0), swap("mlp.gate_proj", "mlp.up_proj")], ids=["0", "-1", "gate"]
+)
+def test_a_wrong_bias_or_gate_does_not_pass(change, tmp_path):
+    folder = write(tmp_path, attn_config={"fused_qkv": False}, raw={"ffn_config": GLU})
+    assert wrong_by(folder, foundry.logits(folder, tokens()), change) > 1e-3
 
 
 @pytest.mark.parametrize("raw", [{}, {"fuse_norm_attn_norm": True}])

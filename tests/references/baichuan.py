@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import alibi, attend, by_row, fill, read, rms, silu, slope
+from tests.references.parts import alibi, attend, by_row, read, rms, silu, slope
+from tests.references.random_weights import random_tensors
 
 
 def write(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, inner: int = 88, **kwargs: Any) -> Path:
@@ -41,7 +42,7 @@ def write(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, inner
         shapes[f"{layer}mlp.down_proj.weight"] = (width, inner)
     shapes[f"{prefix}norm.weight"] = (width,)
     shapes["lm_head.weight"] = (raw["vocab_size"], width)
-    return builders.write(folder, raw, fill(shapes, seed), **kwargs)
+    return builders.write(folder, raw, random_tensors(shapes, seed), **kwargs)
 
 
 def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None, single: bool = False) -> torch.Tensor:

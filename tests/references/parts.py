@@ -21,16 +21,6 @@ State = dict[str, torch.Tensor]
 Bias = Callable[[int, torch.Tensor], torch.Tensor]  # head, distances [queries, keys] -> bias [queries, keys]
 
 
-def fill(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
-    """Random weights that keep activations of order one; norms near one."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator)
-        state[name] = 1 + 0.1 * values if len(shape) == 1 else values * (1.5 / shape[1] ** 0.5)
-    return state
-
-
 def read(folder: Path) -> tuple[dict[str, Any], State]:
     """The config and every tensor, in float64, by its name in the files."""
     state: State = {}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import State, alibi, attend, by_row, fill, layer_norm, read, silu
+from tests.references.parts import State, alibi, attend, by_row, layer_norm, read, silu
+from tests.references.random_weights import random_tensors
 
 
 def write(
@@ -43,7 +44,7 @@ def write(
         shapes[f"{layer}mlp.c_proj.weight"] = (width, inner)
     shapes["ln_f.weight"] = (width,)
     shapes["lm_head.weight"] = (builders.VOCAB, width)
-    state = fill(shapes, seed)
+    state = random_tensors(shapes, seed)
     return builders.write(folder, raw, state if released else older(state), **kwargs)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tests import builders
-from tests.references.parts import alibi, attend, by_row, fill, read, rms, silu
+from tests.references.parts import alibi, attend, by_row, read, rms, silu
+from tests.references.random_weights import random_tensors
 
 
 def write(
@@ -47,7 +48,7 @@ def write(
     shapes[f"{prefix}norm.weight"] = (width,)
     if not raw.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (builders.VOCAB, width)
-    return builders.write(folder, raw, fill(shapes, seed), **kwargs)
+    return builders.write(folder, raw, random_tensors(shapes, seed), **kwargs)
 
 
 def logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor | None = None, single: bool = False) -> torch.Tensor:

@@ -60,7 +60,8 @@ FIELDS = (
 INERT = {
     "max_position_embeddings": "a copy of max_seq_len for servers; upstream's class does not read it",
     **dict.fromkeys(
-        ["use_moe", "moe_num_experts"], "StepLaw's dense checkpoints carry them; tensors of experts stop the load"
+        ["use_moe", "moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim"],
+        "StepLaw's dense checkpoints carry such fields; tensors of experts stop the load",
     ),
 }
 

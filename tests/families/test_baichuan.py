@@ -171,6 +171,8 @@ def test_a_directly_loaded_head_is_the_converted_one_bit_for_bit(tmp_path):
     direct = AlibiForCausalLM.from_pretrained(source).lm_head.weight
     assert converted.dtype == direct.dtype == torch.bfloat16 and torch.equal(direct, converted)
     assert (converted.float().norm(dim=1) - 1).abs().max() < 0.01
+    wide = AlibiForCausalLM.from_pretrained(source, dtype=torch.float32).lm_head.weight
+    assert (wide.norm(dim=1) - 1).abs().max() < 1e-6  # folded in the model's dtype, not the file's
 
 
 def test_other_heads_load_from_baichuan2_too(tmp_path):

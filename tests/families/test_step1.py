@@ -76,7 +76,7 @@ def test_it_is_proved(tmp_path):
 
 
 def test_stale_fields_of_dense_checkpoints_are_read_over_but_experts_stop(tmp_path):
-    raw = {"architectures": ["Step1MoEForCausalLM"], "use_moe": False, "moe_num_experts": 8}
+    raw = {"architectures": ["Step1MoEForCausalLM"], "use_moe": False, "moe_num_experts": 8, "moe_top_k": 2}
     source = step1.write(tmp_path, raw=raw)
     checkpoint = Checkpoint.open(source)
     assert checkpoint.family_name == "step1"

@@ -160,6 +160,7 @@ def _convert_group(
     tensor = checkpoint.get(group.source)
     if not allow_nonfinite:
         require_finite(group.source, tensor)
+    tensor = group.rule.widened(tensor, target)
     return tuple(cast(group.source, part, target) for part in group.rule.forward(tensor))
 
 

@@ -12,7 +12,11 @@ from alibi_hf.families._reference import Reference
 
 
 def load_reference(
-    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu", **raw_fields: Any
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    stored: torch.dtype | None = None,
+    **raw_fields: Any,
 ) -> tuple[Reference, nn.Module]:
     """The family's reference for this checkpoint and its model, with the checkpoint's weights in `dtype`.
 
@@ -20,6 +24,7 @@ def load_reference(
         checkpoint: an opened language-model checkpoint.
         dtype: of every parameter; the weights are cast from the file's dtype once.
         device: where the model goes.
+        stored: the dtype that the tensors are converted to; None for the file's.
         raw_fields: fields of upstream's config.json to set first, such as `max_seq_len=4096`.
 
     Raises:
@@ -37,7 +42,7 @@ def load_reference(
             raise TensorError(f"{group.source} has no place in {reference.class_name}.")
         tensor = checkpoint.get(group.source)
         if reference.prepare is not None:
-            tensor = reference.prepare(name, tensor)
+            tensor = reference.prepare(name, group.rule.widened(tensor, stored))
         values[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(values, strict=False, assign=True)
     cast(Any, model).tie_weights()

@@ -197,6 +197,15 @@ class Rule:
         """The upstream tensor as ours, in the order of `targets`; `TensorError` where its rows do not fit."""
         return self.operation.forward(tensor)
 
+    def widened(self, tensor: Tensor, target: torch.dtype | None) -> Tensor:
+        """What a tensor that will be of dtype `target` is folded from: rounded after the fold, not before.
+
+        The tensor itself where nothing is folded, or `target` (None: the tensor's own) is no wider.
+        """
+        if target is None or not self.folded:
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, target))
+
     def inverse(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our tensors, in the order of `targets`, as the upstream tensor: bit for bit, unless `folded`."""
         if len(tensors) != len(self.targets):

@@ -34,7 +34,7 @@ class Reference:
         length_field: the field of upstream's config.json that lifts `max_length` and changes nothing else.
         has_cache: whether the reference decodes with a cache and generates.
         prepare: `prepare(name, tensor)` gives what upstream makes of a tensor of its files before it computes, in the
-            file's dtype; None where it computes with the files' tensors.
+            dtype of the tensor given; None where it computes with the files' tensors.
     """
 
     class_name: str

@@ -2,9 +2,8 @@
 
 * Llama's layer with one fused `W_pack` of contiguous rows `[q; k; v]`, and ALiBi; the 7B models have rotary positions
   and are refused.
-* Baichuan2 normalises the rows of its output head (`NormHead`). The normalised rows are folded into the weight: in the
-  dtype of the file where it is converted, in that of the model where it is loaded directly, as upstream does. So of a
-  16-bit file a float32 model has the more exact head loaded directly; fine-tuning trains the rows as they are.
+* Baichuan2 normalises the rows of its output head (`NormHead`). The normalised rows are folded into the weight, in the
+  dtype of the file or the one asked for, whichever is wider; fine-tuning trains the rows as they are.
 * Upstream adds slope times the key's column, padding on the left included, rounded to the model's dtype:
   `alibi_rounding="baichuan"`.
 

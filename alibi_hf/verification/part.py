@@ -145,7 +145,7 @@ class UpstreamParts:
         else:
             values = checkpoint.get(group.source)
         if self.reference.prepare is not None:
-            values = self.reference.prepare(name, values)
+            values = self.reference.prepare(name, group.rule.widened(values, self.stored))
         rounded = self.stored != checkpoint.dtype and target.startswith((_MODEL, HEAD))
         return values.to(self.stored) if rounded else values
 

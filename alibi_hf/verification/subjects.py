@@ -54,7 +54,7 @@ def load_upstream(
         TensorError: naming a tensor that the reference has no place for, or a parameter that nothing fills.
     """
     decoder = replace(checkpoint, groups=compared_groups(checkpoint))
-    _, model = load_reference(decoder, dtype, device, **longer_fields(reference, length))
+    _, model = load_reference(decoder, dtype, device, stored, **longer_fields(reference, length))
     if stored != checkpoint.dtype:
         for weight in model.parameters():
             weight.data = weight.data.to(stored).to(dtype)

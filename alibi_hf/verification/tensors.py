@@ -39,7 +39,7 @@ def check_tensors(checkpoint: Checkpoint, output: str | Path) -> Check:
         source = checkpoint.get(group.source)
         cast = cast or source.dtype != ours.dtype
         if group.rule.folded:
-            (source,) = group.rule.forward(source)
+            (source,) = group.rule.forward(group.rule.widened(source, ours.dtype))
         if not same_bits(source.to(ours.dtype), ours):
             wrong.append(group.source)
     extra = sorted(held.keys() - {name for group in used for name in group.targets})

@@ -171,8 +171,17 @@ def test_a_directly_loaded_head_is_the_converted_one_bit_for_bit(tmp_path):
     direct = AlibiForCausalLM.from_pretrained(source).lm_head.weight
     assert converted.dtype == direct.dtype == torch.bfloat16 and torch.equal(direct, converted)
     assert (converted.float().norm(dim=1) - 1).abs().max() < 0.01
-    wide = AlibiForCausalLM.from_pretrained(source, dtype=torch.float32).lm_head.weight
-    assert (wide.norm(dim=1) - 1).abs().max() < 1e-6  # folded in the model's dtype, not the file's
+
+
+def test_a_head_in_a_wider_dtype_than_the_files_is_folded_in_it(tmp_path):
+    source = baichuan.write(tmp_path / "source", raw=NORM_HEAD, dtype=torch.bfloat16)
+    convert(source, tmp_path / "out", verify=False, dtype="float32")
+    converted = load_file(tmp_path / "out" / "model.safetensors")[HEAD]
+    assert torch.equal(AlibiForCausalLM.from_pretrained(source, dtype=torch.float32).lm_head.weight, converted)
+    assert (converted.norm(dim=1) - 1).abs().max() < 1e-6
+    with torch.no_grad():
+        ours = AlibiForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)(tokens()).logits
+    assert distance(ours, baichuan.logits(source, tokens())) < 1e-6
 
 
 def test_other_heads_load_from_baichuan2_too(tmp_path):

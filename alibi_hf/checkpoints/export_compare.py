@@ -65,8 +65,10 @@ def near(ours: Any, theirs: Any) -> bool:
 
 def blamed(config: AlibiConfig, name: str) -> str:
     """The field that a difference in `name` comes from, and its value: slopes have three fields."""
-    if name == "alibi_slopes" and config.alibi_slopes is None:
-        name = "alibi" if not config.alibi else "alibi_bias_max"
+    if name == "alibi_slopes" and not config.alibi:
+        name = "alibi"
+    elif name == "alibi_slopes" and config.alibi_slopes is None:
+        name = "alibi_bias_max"
     return f"{name}={shown(getattr(config, name))}"
 
 

@@ -70,8 +70,8 @@ def target_config(source: Converted, to: str) -> tuple[dict[str, Any], AlibiConf
 
 
 def _check_class(source: Converted, to: str) -> None:
-    """Refuse a head that the target lacks, and a rounding of the bias that it does not compute."""
-    target, rounding = TARGETS[to], source.config.alibi_rounding
+    """Refuse a head that the target lacks, a rounding of the bias that it does not compute, and what no map says."""
+    target, config, rounding = TARGETS[to], source.config, source.config.alibi_rounding
     if source.class_name not in target.classes:
         known = ", ".join(target.classes)
         raise ConfigFieldError(f"{to} cannot hold the head of {source.class_name}: {target.reader} has {known} only.")
@@ -79,6 +79,13 @@ def _check_class(source: Converted, to: str) -> None:
         raise ConfigFieldError(
             f"{to} cannot hold alibi_rounding={rounding!r}: {target.reader} computes "
             f"{' or '.join(target.family.ROUNDINGS)}. Set alibi_rounding to 'exact' in config.json."
+        )
+    if not config.alibi:
+        raise ConfigFieldError(f"{to} cannot hold alibi=False: here it is written for models with ALiBi only.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigFieldError(
+            f"{to} cannot hold hidden_size={config.hidden_size} with num_attention_heads={config.num_attention_heads}: "
+            f"{target.reader} shares it out among the heads."
         )
 
 

@@ -99,7 +99,7 @@ def foundry_fields(config: AlibiConfig) -> dict[str, Any]:
     biases = [getattr(config, name) for name in BIASES[:3]] + [computed(config)["norm_bias"]]
     raw |= {
         "expansion_ratio": int(ratio) if ratio == int(ratio) else ratio,
-        "norm_type": f"low_precision_{config.norm_type.replace('_', '')}",
+        "norm_type": _norm_type(config),
         "no_bias": not any(biases),
         "logit_scale": config.logit_scale,
     }
@@ -111,6 +111,10 @@ def foundry_fields(config: AlibiConfig) -> dict[str, Any]:
     return (
         raw | {name: value for name, value in more.items() if value is not None} | ({"ffn_config": ffn} if ffn else {})
     )
+
+
+def _norm_type(config: AlibiConfig) -> str:
+    return f"low_precision_{config.norm_type.replace('_', '')}"
 
 
 def _foundry_attention(config: AlibiConfig) -> dict[str, Any]:
@@ -128,6 +132,8 @@ def _foundry_attention(config: AlibiConfig) -> dict[str, Any]:
         attention["kv_n_heads"] = kv_heads
     if config.qk_norm == "head":
         attention["qk_gn"] = True
+    if config.qk_norm is not None:  # llm-foundry gives these norms a kind of their own, which is LayerNorm by default
+        attention |= {"norm_type": _norm_type(config), "norm_eps": float(config.norm_eps)}
     if config.head_dim != config.hidden_size // heads:  # llm-foundry's default knows nothing of head_dim
         attention["softmax_scale"] = computed(config)["attention_scale"]
     if config.attn_logit_softcapping is not None:

@@ -90,7 +90,8 @@ def convert(
         check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + SLACK)
         journal.write()
         _check_tied(checkpoint, allow_nonfinite)
-        jobs = ShardJobs(folder, split_shards(entries, max_bytes), checkpoint.groups, make, journal, progress)
+        used = [group for group in checkpoint.groups if group.fate == "used"]
+        jobs = ShardJobs(folder, split_shards(entries, max_bytes), used, make, journal, progress)
         files = jobs.run(threads)
         write_index(folder, jobs.shards)
         conversion = record(checkpoint, out, files, command, threads)

@@ -45,7 +45,7 @@ class ShardJobs:
     Args:
         folder: where they go.
         shards: the tensors of each, in order.
-        groups: the source's tensors, in the same order.
+        groups: the source's tensors that are used, in the same order.
         convert: the tensors that a group becomes.
         journal: what is finished already, and where finished shards are written down.
         progress: called with what is being done, bytes done and bytes in all.

@@ -67,6 +67,20 @@ def test_shards_are_as_small_as_asked_and_the_index_is_right(tmp_path):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in held.values())
 
 
+@pytest.mark.parametrize("size", ["5GB", "3KB"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
+def test_a_tied_head_that_is_stored_is_not_written_again(family, size, tmp_path):
+    source = FAMILIES[family](tmp_path / "source", layers=1)
+    convert(source, tmp_path / "without", verify=False, max_shard_size=size)
+    tensors = load_file(source / "model.safetensors")
+    embedding = next(name for name in tensors if name.endswith(("word_embeddings.weight", "wte.weight")))
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, source / "model.safetensors")
+    conversion = convert(source, tmp_path / "out", verify=False, max_shard_size=size, workers=2)
+    assert [row["fate"] for row in conversion.tensors if row["source"] == "lm_head.weight"] == ["tied"]
+    for file in (tmp_path / "without").glob("model*"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_one_shard_has_no_index_and_stale_files_go(tmp_path):
     out = tmp_path / "out"
     source = mpt(tmp_path / "source")

@@ -212,6 +212,7 @@ def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path
     made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
+    resume = resume and (partial / JOURNAL).exists()  # without one, what is there belongs to no conversion
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(exist_ok=resume)

@@ -66,7 +66,8 @@ def test_without_a_run_to_go_on_with_it_starts(tmp_path):
     run(source, tmp_path / "out", resume=True)
     with pytest.raises(CheckpointFileError, match=r"not empty; --overwrite"):
         run(source, tmp_path / "out", resume=True)
-    (tmp_path / ".other.partial").mkdir()  # killed before it wrote anything down
+    (tmp_path / ".other.partial").mkdir()  # killed before it wrote anything down; of an export there may be more
+    (tmp_path / ".other.partial" / "model-f16.gguf").write_bytes(b"half a file")
     run(source, tmp_path / "other", resume=True)
     assert content(tmp_path / "other") == content(tmp_path / "out")
 

@@ -14,8 +14,11 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def keep_apart(source: Path, out: Path) -> None:
-    """`CheckpointFileError` where writing `out` would replace `source`."""
-    source, out = source.resolve(), out.resolve()
+    """`CheckpointFileError` where writing `out` would replace `source`, or `out` is a link to itself."""
+    try:
+        source, out = source.resolve(), out.resolve()
+    except (OSError, RuntimeError) as error:  # which of them depends on Python's version
+        raise CheckpointFileError(f"{out} cannot be written: {error}; choose another folder.") from error
     if source == out or out in source.parents:
         raise CheckpointFileError(f"writing to {out} would replace the source {source}; choose another folder.")
 

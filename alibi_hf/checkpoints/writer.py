@@ -202,7 +202,7 @@ def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path
     then allows going on in it, `overwrite` starting again.
 
     Raises:
-        CheckpointFileError: if `out` is a file, or holds something and `overwrite` is false.
+        CheckpointFileError: if `out` is a file, holds something and `overwrite` is false, or cannot be made.
     """
     out, partial = out.resolve(), partial_of(out)
     old = out.parent / f".{out.name}.replaced"
@@ -210,12 +210,11 @@ def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path
         old.rename(out)  # the last run was killed between the two renames of `_swap`
     _refuse(out, partial, overwrite, resume)
     made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     resume = resume and (partial / JOURNAL).exists()  # without one, what is there belongs to no conversion
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(exist_ok=resume)
+    _make(partial, exist_ok=resume)
     try:
         yield partial
         _sync(partial)
@@ -245,6 +244,13 @@ def _refuse(out: Path, partial: Path, overwrite: bool, resume: bool) -> None:
         raise CheckpointFileError(
             f"{partial} is left from a run that was cut off; {how or 'use --overwrite (overwrite=True)'}."
         )
+
+
+def _make(partial: Path, exist_ok: bool) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise CheckpointFileError(f"{partial} cannot be made: {error}. Choose a folder that can be written.") from error
 
 
 def _swap(partial: Path, out: Path, old: Path) -> None:

@@ -243,6 +243,15 @@ def test_a_file_the_source_itself_and_an_interrupted_run_are_refused(tmp_path):
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
+    source = mpt(tmp_path / "source", layers=1)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out in (source / "config.json" / "out", tmp_path / "loop"):
+        with pytest.raises(CheckpointFileError, match=r"cannot be (made|written): .* [Cc]hoose"):
+            quick(source, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "source"]
+
+
 def test_the_disk_is_checked_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import meta_model
 from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, read_json, sha256_of
 from alibi_hf.checkpoints.source import CARRIED
@@ -56,9 +56,8 @@ class Converted:
             TensorError: where tensors are missing, left over, or of another shape than the config gives.
         """
         path = Path(folder).expanduser()
-        raw = read_json(path / "config.json")
-        config = _read_config(path, raw)
-        class_name = (raw.get("architectures") or CLASSES)[0]
+        config = _read_config(path)
+        class_name = (config.architectures or CLASSES)[0]
         if class_name not in CLASSES:
             raise TensorError(
                 f"{path} holds a {class_name}; {', '.join(CLASSES)} can be exported. Save the model with its head."
@@ -125,21 +124,14 @@ class Converted:
         return sorted(path.relative_to(self.path) for path in found if path.is_file())
 
 
-def _read_config(path: Path, raw: dict[str, Any]) -> AlibiConfig:
-    if raw.get("model_type") != AlibiConfig.model_type:
-        raise CheckpointFileError(
-            f"{path} has model_type={raw.get('model_type')!r}, not {AlibiConfig.model_type!r}: give a folder in this "
-            f"package's layout; `alibi-hf convert` makes one of an upstream checkpoint."
-        )
-    if raw.get("quantization_config") is not None:
+def _read_config(path: Path) -> AlibiConfig:
+    config = read_own_config(path)
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
         raise ConfigFieldError(
-            f"{path} is quantised (quantization_config={raw['quantization_config']!r:.80}); export the unquantised "
-            f"weights, the target has its own quantisation."
+            f"{path} is quantised (quantization_config={quantised!r:.80}); export the unquantised weights, the target "
+            f"has its own quantisation."
         )
-    try:
-        return AlibiConfig.from_dict(raw)
-    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigFieldError(f"{path / 'config.json'} cannot be read: {error}") from error
+    return config
 
 
 __all__ = ["CLASSES", "EMBEDDING", "HEAD", "Converted"]

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.logits import run_row
 from alibi_hf.verification.measure import GATES, Difference, compare_logits, judge
 from alibi_hf.verification.report import Control
-from alibi_hf.verification.subjects import load_ours, read_config
+from alibi_hf.verification.subjects import load_ours
 
 WRONG_SLOPE = 1.05
 WRONG_SLOPES = "slope of one head times {}"
@@ -66,7 +67,7 @@ def run_controls(
         error = compare_logits(run_row(model, ids, positions), truth)
         return hold(name, f"logits, float32, {ids.shape[1]} tokens", error, upstream, float(truth.abs().max()))
 
-    slopes = wrong_slopes(read_config(output))
+    slopes = wrong_slopes(read_own_config(output))
     model = load_ours(output, torch.float32, device, alibi_rounding="exact", alibi_slopes=slopes)
     controls = [control(WRONG_SLOPES.format(WRONG_SLOPE), model)]
     del model

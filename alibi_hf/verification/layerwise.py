@@ -13,13 +13,13 @@ from math import isqrt
 
 import torch
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification import controls
 from alibi_hf.verification.compare import DTYPES, Comparison, Runner, logits_check
 from alibi_hf.verification.measure import Difference, compare_logits, compare_states
 from alibi_hf.verification.part import OurParts, Part, UpstreamParts, Wanted
 from alibi_hf.verification.report import Check, Control
-from alibi_hf.verification.subjects import read_config
 
 SCORES = 2**26  # bytes of one layer's float64 attention scores; longer rows are cut unless they were asked for
 HEAD_VALUES = 2**25  # weights of the head that are read together
@@ -120,7 +120,7 @@ class LayerRunner:
     def _controls(self, step: Step, given: torch.Tensor, truth: torch.Tensor, upstream: Difference) -> list[Control]:
         """Hold two wrong first layers against the truth; both must fail."""
         wanted, float32 = step.pieces[0], torch.float32
-        slopes = controls.wrong_slopes(read_config(self.runner.output))
+        slopes = controls.wrong_slopes(read_own_config(self.runner.output))
         steep = self.ours.load(float32, wanted, alibi_rounding="exact", alibi_slopes=slopes)
         swapped = self.ours.load(float32, wanted, alibi_rounding="exact")
         names = [controls.WRONG_SLOPES.format(controls.WRONG_SLOPE), controls.swap_key_heads(swapped.model)]

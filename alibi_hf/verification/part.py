@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.reading import read_tensor
 from alibi_hf.checkpoints.reference import reference_name
@@ -23,7 +24,7 @@ from alibi_hf.errors import TensorError
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.bias import LAYER_FIELDS
-from alibi_hf.verification.subjects import compared_groups, longer_fields, read_config
+from alibi_hf.verification.subjects import compared_groups, longer_fields
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _MODEL, _LAYERS = "model.", "model.layers."
@@ -159,7 +160,7 @@ class OurParts:
 
     def load(self, dtype: torch.dtype, wanted: Wanted, **fields: Any) -> Part:
         """Return one part in `dtype`, with config `fields` such as alibi_rounding set."""
-        config = with_fields(read_config(self.output), {**fields, "num_hidden_layers": 1, "pad_token_id": None})
+        config = with_fields(read_own_config(self.output), {**fields, "num_hidden_layers": 1, "pad_token_id": None})
         with torch.device("meta"):
             model = AlibiForCausalLM(config).to(dtype).eval()
         if wanted.layer is None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from alibi_hf.checkpoints.source import Checkpoint
-from alibi_hf.errors import AlibiError
+from alibi_hf.checkpoints.own_config import read_own_config
+from alibi_hf.checkpoints.source import Checkpoint, check_rounding
+from alibi_hf.errors import AlibiError, ConfigFieldError
 from alibi_hf.families._reference import Reference
+from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification.bias import BiasProbe, check_bias, sample_bias
 from alibi_hf.verification.compare import Comparison, Progress, Runner
 from alibi_hf.verification.inputs import Inputs, default_lengths, make_inputs
@@ -26,10 +28,20 @@ from alibi_hf.verification.memory import (
     require_memory,
 )
 from alibi_hf.verification.report import PARTS, Verification, is_enough
-from alibi_hf.verification.subjects import depends_on_call, longer_fields, quiet, read_config
+from alibi_hf.verification.subjects import depends_on_call, longer_fields, quiet
 from alibi_hf.verification.tensors import check_tensors, stored_dtype
 from alibi_hf.verification.text import make_tokens
 
+# What a part of the model, built by itself, would not notice.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
 LONGEST_BIAS = 12288  # capturing it costs upstream's causal mask, one number a pair of tokens
 
 
@@ -60,6 +72,7 @@ def verify(
 
     Raises:
         NotEnoughMemoryError: if the model, or without "model" one layer, is too big for float64 on `device`.
+        ConfigFieldError: if the output's sizes are not the source's.
         AlibiError: if source or output cannot be read.
     """
     started = time.monotonic()
@@ -68,7 +81,8 @@ def verify(
         raise AlibiError(f"only={sorted(unknown)} is not known; choose from {', '.join(PARTS)}.")
     checkpoint = Checkpoint.open(str(source), revision=revision, allow_pickle=allow_pickle)
     folder = Path(output)
-    config = read_config(folder)
+    config = read_own_config(folder)
+    _require_same_model(checkpoint, config, folder)
     reference = checkpoint.family.reference(checkpoint.config)
     tokens = make_tokens(checkpoint.path, config.vocab_size, text)
     inputs = make_inputs(tokens, checkpoint.config, lengths, device)
@@ -93,12 +107,24 @@ def verify(
     )
 
 
+def _require_same_model(checkpoint: Checkpoint, config: AlibiConfig, folder: Path) -> None:
+    """`ConfigFieldError` with both values where sizes, or the rounding of the bias, are none of this source's."""
+    for name in SIZES:
+        ours, theirs = getattr(config, name), getattr(checkpoint.config, name)
+        if ours != theirs:
+            raise ConfigFieldError(
+                f"{folder / 'config.json'} says {name}={ours}, the source has {theirs}: the folder was not made of "
+                f"{checkpoint.source}, or was changed. Convert it again."
+            )
+    check_rounding(checkpoint.family, config)
+
+
 def _run(runner: Runner, rows: list[torch.Tensor], only: Sequence[str]) -> None:
     """Run the parts asked for, the layers on `rows`; results gather in the runner."""
     checkpoint, reference = runner.checkpoint, runner.reference
     trained = checkpoint.config.max_position_embeddings
     longest = max(runner.inputs.rows[-1].shape[1], min(trained + trained // 4, LONGEST_BIAS))
-    probe = BiasProbe(checkpoint, read_config(runner.output), reference, longest)
+    probe = BiasProbe(checkpoint, read_own_config(runner.output), reference, longest)
     comparisons = _comparisons(checkpoint, reference, probe.rounds()) if {"layers", "model"} & set(only) else []
     runner.steps = len({"bias", "tensors"} & set(only))
     runner.steps += sum(comparison.steps for comparison in comparisons) if "model" in only else 0

@@ -13,11 +13,10 @@ import torch
 import transformers
 from torch import nn
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.reference import load_reference
-from alibi_hf.checkpoints.shards import read_json
 from alibi_hf.checkpoints.source import Checkpoint, with_fields
-from alibi_hf.errors import CheckpointFileError
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
@@ -61,25 +60,9 @@ def load_upstream(
     return model.eval()
 
 
-def read_config(output: str | Path) -> AlibiConfig:
-    """Return the output's config.
-
-    Raises:
-        CheckpointFileError: if the folder is not one that `convert` wrote.
-    """
-    folder = Path(output)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != AlibiConfig.model_type:
-        raise CheckpointFileError(
-            f"{folder} has model_type={raw.get('model_type')!r}, not {AlibiConfig.model_type!r}: give the source "
-            f"first, then the folder that convert wrote."
-        )
-    return AlibiConfig.from_dict(raw)
-
-
 def load_ours(output: str | Path, dtype: torch.dtype, device: str, **fields: Any) -> AlibiForCausalLM:
     """Return our model from `output` through the installed package, with config `fields` such as alibi_rounding set."""
-    config = with_fields(read_config(output), fields)
+    config = with_fields(read_own_config(output), fields)
     model = AlibiForCausalLM.from_pretrained(str(output), config=config, dtype=dtype, use_safetensors=True)
     return model.to(device).eval()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import Group
 from alibi_hf.checkpoints.reading import read_tensor
 from alibi_hf.checkpoints.shards import list_tensors
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification.report import Check
-from alibi_hf.verification.subjects import read_config
 
 
 def stored_dtype(output: str | Path) -> torch.dtype:
@@ -65,7 +65,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _is_in_config(checkpoint: Checkpoint, group: Group, output: str | Path) -> bool:
     """True if the field of the output's config holds the tensor's very numbers; a cast of the output spares it."""
-    values = getattr(read_config(output), group.targets[0])
+    values = getattr(read_own_config(output), group.targets[0])
     return values is not None and same_bits(
         checkpoint.get(group.source).double().flatten(), torch.tensor(values, dtype=torch.float64)
     )

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import alibi_hf.verification.bias as bias_module
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.source import Checkpoint, with_fields
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.verification.bias import BiasProbe, check_bias, make_feeds, relative_error
-from alibi_hf.verification.subjects import read_config
 from tests.verification.converted import pair
 
 LENGTH = 200
@@ -16,7 +16,7 @@ LENGTH = 200
 def probe(family: str, heads: int = 6, **fields: object) -> BiasProbe:
     source, output = pair(family, heads)
     checkpoint = Checkpoint.open(source)
-    config = with_fields(read_config(output), fields)
+    config = with_fields(read_own_config(output), fields)
     return BiasProbe(checkpoint, config, checkpoint.family.reference(checkpoint.config), LENGTH)
 
 

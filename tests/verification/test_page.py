@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification import Check, verify
 from alibi_hf.verification.bias import BiasProbe, sample_bias
@@ -16,7 +17,6 @@ from alibi_hf.verification.page import as_page
 from alibi_hf.verification.page_figures import draw, layer_of
 from alibi_hf.verification.render import check_cells
 from alibi_hf.verification.report import BiasSample, Control, Verification
-from alibi_hf.verification.subjects import read_config
 from tests.builders import HEAD_DIM
 from tests.verification.converted import LENGTHS, pair
 
@@ -226,7 +226,7 @@ def test_the_sample_is_the_bias_of_both_sides(family, heads):
     source, output = pair(family, heads)
     checkpoint = Checkpoint.open(source)
     reference = checkpoint.family.reference(checkpoint.config)
-    sample = sample_bias(BiasProbe(checkpoint, read_config(output), reference, 600), 600)
+    sample = sample_bias(BiasProbe(checkpoint, read_own_config(output), reference, 600), 600)
     assert len(sample.distances) <= 24 and sample.distances[0] == 1 and sample.distances[-1] == 599
     assert len(sample.ours) == len(sample.upstream) == heads
     scale = HEAD_DIM**-0.5 if family == "falcon" else 1.0

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import alibi_hf.verification.controls as controls_module
 from alibi_hf.checkpoints.convert import convert
-from alibi_hf.errors import AlibiError, CheckpointFileError
+from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError
 from alibi_hf.model import positions_alibi
 from alibi_hf.model.bias_alibi import Distances
-from alibi_hf.verification import verify
+from alibi_hf.verification import LAYERWISE, verify
 from tests import builders
 from tests.verification.converted import LENGTHS, pair
 
@@ -203,6 +203,25 @@ def test_the_output_must_be_converted() -> None:
     source, _ = pair("bloom")
     with pytest.raises(CheckpointFileError, match="model_type='bloom'"):
         verify(source, source, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 1}, "num_hidden_layers=1, the source has 2"),
+        ({"vocab_size": 98}, "vocab_size=98, the source has 97"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2, the source has 6"),
+        ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple"),
+        ({"alibi_rounding": "bloom"}, "alibi_rounding='bloom' is not the rounding of mpt"),
+    ],
+)
+def test_a_config_that_is_not_the_sources_is_refused(change, words, tmp_path) -> None:
+    source, output = pair("mpt", 6)
+    shutil.copytree(output, tmp_path / "output")
+    config = json.loads((output / "config.json").read_text())
+    (tmp_path / "output" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConfigFieldError, match=words):
+        verify(source, tmp_path / "output", only=LAYERWISE)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -1,0 +1,32 @@
+"""config.json of a folder in this package's own layout, which `convert` or `save_pretrained` wrote."""
+
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError
+from alibi_hf.model.configuration_alibi import AlibiConfig
+
+
+def read_own_config(folder: str | Path) -> AlibiConfig:
+    """The config of a folder in this package's layout.
+
+    Raises:
+        CheckpointFileError: where there is none, or it is another layout's.
+        ConfigFieldError: where it contradicts itself.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != AlibiConfig.model_type:
+        raise CheckpointFileError(
+            f"{folder} has model_type={raw.get('model_type')!r}, not {AlibiConfig.model_type!r}: give a folder in this "
+            f"package's layout; `alibi-hf convert` makes one of an upstream checkpoint."
+        )
+    try:
+        return AlibiConfig.from_dict(raw)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigFieldError(f"{path} cannot be read: {error}") from error
+
+
+__all__ = ["read_own_config"]

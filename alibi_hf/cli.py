@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -89,7 +88,7 @@ def convert(
         report = alibi_hf.convert(
             source,
             output,
-            dtype=_dtype(dtype),
+            dtype=dtype,
             max_shard_size=max_shard_size,
             revision=revision,
             overwrite=overwrite,
@@ -199,14 +198,6 @@ def families(
             print(found.markdown(), end="")
         else:
             _show(found, as_json, quiet=False)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in ("float32", "bfloat16", "float16", "float64"):
-        raise ConfigFieldError(f"--dtype {name} is not known; use float32, bfloat16, float16 or float64.")
-    return getattr(torch, name)
 
 
 def _lengths(text: str | None) -> list[int] | None:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from math import floor, inf, isfinite, log10
+from math import floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
+
+from alibi_hf.verification.render import share_of_limit
 
 if TYPE_CHECKING:
     from alibi_hf.verification.report import BiasSample, Check, Verification
@@ -76,15 +78,9 @@ def _worst_of_each_layer(checks: Sequence[Check]) -> list[Check]:
     worst: dict[tuple[str, str, int | None], Check] = {}
     for check in checks:
         key = (check.name, check.dtype, layer_of(check))
-        if key[2] is not None and (key not in worst or _share(check) > _share(worst[key])):
+        if key[2] is not None and (key not in worst or share_of_limit(check) > share_of_limit(worst[key])):
             worst[key] = check
     return list(worst.values())
-
-
-def _share(check: Check) -> float:
-    """The error as a share of its limit; infinite for one that is no number."""
-    share = (check.ours or 0.0) / (check.limit or 1.0)
-    return share if isfinite(share) else inf
 
 
 def _is_whole(check: Check) -> bool:

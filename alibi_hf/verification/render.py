@@ -43,14 +43,16 @@ def telling(checks: Sequence[Check]) -> list[Check]:
     nearest: dict[tuple[str, str, int], Check] = {}
     for check in checks:
         key = (check.name, check.dtype, check.length)
-        if check.layer is not None and (key not in nearest or _share_of_limit(check) > _share_of_limit(nearest[key])):
+        if check.layer is not None and (key not in nearest or share_of_limit(check) > share_of_limit(nearest[key])):
             nearest[key] = check
     shown = {id(check) for check in nearest.values()}
     return [check for check in checks if check.layer is None or not check.passed or id(check) in shown]
 
 
-def _share_of_limit(check: Check) -> float:
-    return check.ours / check.limit if check.ours and check.limit else 0.0
+def share_of_limit(check: Check) -> float:
+    """Return the error as a share of its limit; infinite for one that is no number."""
+    share = (check.ours or 0.0) / (check.limit or 1.0)
+    return share if math.isfinite(share) else math.inf
 
 
 def check_cells(check: Check) -> list[str]:

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from alibi_hf.verification.page_figures import Figure, draw, layer_of
+from alibi_hf.verification.page_figures import Figure, draw
 from alibi_hf.verification.render import COLUMNS, HOW_TO_READ, check_cells, control_cells
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _figure(figure: Figure) -> str:
 
 def _table(report: Verification) -> str:
     """Every check and every negative control, and how to read them; single layers fold away."""
-    whole = [check_cells(check) for check in report.checks if layer_of(check) is None]
-    layers = [check_cells(check) for check in report.checks if layer_of(check) is not None]
+    whole = [check_cells(check) for check in report.checks if check.layer is None]
+    layers = [check_cells(check) for check in report.checks if check.layer is not None]
     controls = [control_cells(control) for control in report.negative_controls]
     how = escape(" ".join(HOW_TO_READ.replace("*", "").replace("`", "").split()))
     folded = f"<details>\n<summary>{len(layers)} checks of single layers</summary>\n{_rows(layers)}</details>\n"

@@ -60,7 +60,7 @@ def draw(report: Verification) -> dict[str, list[Figure]] | None:
         return None
     with matplotlib.style.context(STYLE, after_reset=True):
         return {
-            "Error by layer": _errors(_worst_of_each_layer(report.checks), "layer", layer_of),
+            "Error by layer": _errors(_worst_of_each_layer(report.checks), "layer", lambda check: check.layer),
             "Error by length": _errors(
                 [check for check in report.checks if _is_whole(check)], "tokens in the row", lambda check: check.length
             ),
@@ -68,16 +68,11 @@ def draw(report: Verification) -> dict[str, list[Figure]] | None:
         }
 
 
-def layer_of(check: Check) -> int | None:
-    """Return the layer that a check is about; None for checks of the whole model."""
-    return getattr(check, "layer", None)
-
-
 def _worst_of_each_layer(checks: Sequence[Check]) -> list[Check]:
     """Return, of the lengths that a layer was checked at, the one that is nearest to its limit or beyond it."""
     worst: dict[tuple[str, str, int | None], Check] = {}
     for check in checks:
-        key = (check.name, check.dtype, layer_of(check))
+        key = (check.name, check.dtype, check.layer)
         if key[2] is not None and (key not in worst or share_of_limit(check) > share_of_limit(worst[key])):
             worst[key] = check
     return list(worst.values())
@@ -241,4 +236,4 @@ def _svg(figure: Any, title: str, caption: str) -> str:
     return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
 
 
-__all__ = ["Figure", "draw", "layer_of"]
+__all__ = ["Figure", "draw"]

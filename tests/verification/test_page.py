@@ -14,7 +14,7 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.verification import Check, verify
 from alibi_hf.verification.bias import BiasProbe, sample_bias
 from alibi_hf.verification.page import as_page
-from alibi_hf.verification.page_figures import draw, layer_of
+from alibi_hf.verification.page_figures import draw
 from alibi_hf.verification.render import check_cells
 from alibi_hf.verification.report import BiasSample, Control, Verification
 from tests.builders import HEAD_DIM
@@ -27,7 +27,7 @@ HOSTILE = "<script>alert('x')</script> & \"$\\frac\" <img src=x onerror=alert(1)
 def proved() -> Verification:
     report = verify(*pair("bloom"), lengths=LENGTHS)
     assert report.proved
-    return dataclasses.replace(report, checks=[check for check in report.checks if layer_of(check) is None])
+    return dataclasses.replace(report, checks=[check for check in report.checks if check.layer is None])
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """ALiBi decoders for Transformers: load, convert, prove and run every published ALiBi checkpoint.
 
 Importing the package registers `AlibiConfig` and the models with Transformers' Auto classes, and lets
-`AlibiForCausalLM.from_pretrained` read folders in an upstream layout (BLOOM, MPT, Falcon-RW). Nothing else happens.
+`AlibiForCausalLM.from_pretrained` read folders in an upstream layout. Nothing else happens.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -27,7 +27,7 @@ from alibi_hf.verification.report import LAYERWISE, PARTS, is_enough
 
 app = typer.Typer(
     name="alibi-hf",
-    help="Load, convert and prove ALiBi checkpoints (BLOOM, MPT, Falcon-RW) as one modern Transformers decoder.",
+    help="Load, convert, prove and export ALiBi checkpoints as one modern Transformers decoder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ Source = Annotated[str, typer.Argument(help="A folder in an upstream layout, or 
 Output = Annotated[Path, typer.Argument(help="The converted folder.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Device = Annotated[str, typer.Option(help="Where verification computes, such as cpu or cuda:0.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files too, with weights_only=True.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickles too, with weights_only=True.")]
 Layerwise = Annotated[
     bool, typer.Option("--layerwise", help="Prove layer by layer: one layer in memory, whatever the model's size.")
 ]

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+OLD_CODE = "remote code that Transformers 5 no longer loads"
+PACKED = "packed documents see each other"
+
 
 @dataclass(frozen=True)
 class About:
@@ -24,4 +27,4 @@ class About:
     proof: str = ""
 
 
-__all__ = ["About"]
+__all__ = ["OLD_CODE", "PACKED", "About"]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from alibi_hf.checkpoints.rules import Copy, Rule, Split, Transposed
+from alibi_hf.families._about import OLD_CODE, PACKED, About
 from alibi_hf.families._btlm_config import btlm_config
 from alibi_hf.families._btlm_plain import PlainBtlmForCausalLM
 from alibi_hf.families._layout import (
@@ -25,6 +26,24 @@ from alibi_hf.families._reference import Reference
 from alibi_hf.families._truth import true_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
+ABOUT_CEREBRAS = About(
+    switches=(
+        "alibi_slopes (stored in the checkpoint)",
+        "alibi_scaling",
+        "attention_scale",
+        "embedding_scale",
+        "logit_scale",
+        "mlp_type",
+        'alibi_rounding="jais"',
+    ),
+    exports=("gguf",),
+    defects=(
+        "slopes and bias are rounded to the model's dtype",
+        "rows longer than n_positions fail",
+        OLD_CODE,
+        PACKED,
+    ),
+)
 ROUNDINGS = ("exact", "jais")
 REFERENCE = f"{PlainBtlmForCausalLM.__module__}.{PlainBtlmForCausalLM.__name__}"
 PREFIX = "transformer."
@@ -98,4 +117,13 @@ def _build(family: str, raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         return PlainBtlmForCausalLM(spec).to(dtype).eval()
 
 
-__all__ = ["PREFIX", "REFERENCE", "ROUNDINGS", "SLOPES", "btlm_recognise", "btlm_reference", "btlm_rules"]
+__all__ = [
+    "ABOUT_CEREBRAS",
+    "PREFIX",
+    "REFERENCE",
+    "ROUNDINGS",
+    "SLOPES",
+    "btlm_recognise",
+    "btlm_reference",
+    "btlm_rules",
+]

@@ -20,6 +20,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.errors import ConfigFieldError
+from alibi_hf.families._about import OLD_CODE, PACKED, About
 from alibi_hf.families._fields import (
     BOOL,
     INT,
@@ -43,6 +44,16 @@ REFERENCE = f"{PlainMosaicForCausalLM.__module__}.{PlainMosaicForCausalLM.__name
 _CAUSAL = "This decoder is causal; use the checkpoint's own code."
 _TIED = "Upstream's code multiplies by the embedding, whatever this field says; remove it."
 
+ABOUT_MOSAIC = About(
+    switches=("alibi_slopes (where the number of heads is no power of two)", "qk_norm", "clip_qkv"),
+    outside=(),
+    exports=("llm-foundry",),
+    defects=(
+        "slopes of a number of heads that is no power of two are not the paper's; kept as they were trained",
+        OLD_CODE,
+        PACKED,
+    ),
+)
 FIELDS = (
     Field(("vocab_size",), INT, default=50368, to="vocab_size"),
     Field(("d_model", "hidden_size"), INT, default=2048, to="hidden_size"),
@@ -159,4 +170,4 @@ def _build(raw: dict[str, Any], dtype: torch.dtype, family: str) -> nn.Module:
         return PlainMosaicForCausalLM(spec).to(dtype).eval()
 
 
-__all__ = ["FIELDS", "REFERENCE", "has_old_names", "mosaic_config", "mosaic_reference", "mosaic_rules"]
+__all__ = ["ABOUT_MOSAIC", "FIELDS", "REFERENCE", "has_old_names", "mosaic_config", "mosaic_reference", "mosaic_rules"]

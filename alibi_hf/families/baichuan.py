@@ -24,7 +24,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Normalised, Rule, Split
 from alibi_hf.errors import ConfigFieldError
-from alibi_hf.families._about import About
+from alibi_hf.families._about import OLD_CODE, About
 from alibi_hf.families._baichuan_plain import PlainBaichuanForCausalLM, normalise_head
 from alibi_hf.families._fields import (
     BOOL,
@@ -54,7 +54,7 @@ ABOUT = About(
         "the bias, by absolute column, is rounded to the model's dtype",
         "a buffer of heads x 4096 x 4096 is held",
         "the first forward pass changes the head's weight",
-        "remote code that Transformers 5 no longer loads",
+        OLD_CODE,
     ),
 )
 PREFIX = "model."

@@ -15,7 +15,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Interleaved, Rule
 from alibi_hf.errors import ConfigFieldError
-from alibi_hf.families._about import About
+from alibi_hf.families._about import PACKED, About
 from alibi_hf.families._fields import (
     BOOL,
     INT,
@@ -59,7 +59,7 @@ ABOUT = About(
     defects=(
         "the bias is rounded to the model's dtype: at 8192 tokens in bfloat16 the last 32 keys of a head have 2 values",
         "eager attention only",
-        "packed documents see each other",
+        PACKED,
         "4-D masks are refused",
         "left-padded rows are NaN in float64",
     ),

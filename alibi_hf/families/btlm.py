@@ -10,11 +10,11 @@ Source: `modeling_btlm.py` of the model repository, cerebras/btlm-3b-8k-base.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.families._about import About
-from alibi_hf.families._btlm import REFERENCE, ROUNDINGS, btlm_recognise, btlm_reference, btlm_rules
+from alibi_hf.families._btlm import ABOUT_CEREBRAS, REFERENCE, ROUNDINGS, btlm_recognise, btlm_reference, btlm_rules
 from alibi_hf.families._btlm_config import FIELDS, btlm_config
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -27,26 +27,7 @@ NAMES = (
     "BTLMForTokenClassification",
     "BTLMForQuestionAnswering",
 )
-ABOUT = About(
-    checkpoints=("BTLM-3B-8k-base", "BTLM-3B-8k-chat"),
-    switches=(
-        "alibi_slopes (stored in the checkpoint)",
-        "alibi_scaling",
-        "attention_scale",
-        "embedding_scale",
-        "logit_scale",
-        "mlp_type",
-        'alibi_rounding="jais"',
-    ),
-    outside=(),
-    exports=("gguf",),
-    defects=(
-        "slopes and bias are rounded to the model's dtype",
-        "rows longer than n_positions fail",
-        "remote code that Transformers 5 no longer loads",
-        "packed documents see each other",
-    ),
-)
+ABOUT = replace(ABOUT_CEREBRAS, checkpoints=("BTLM-3B-8k-base", "BTLM-3B-8k-chat"))
 
 __all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from alibi_hf.checkpoints.rules import Interleaved, Operation, Rule, Split
 from alibi_hf.errors import ConfigFieldError
-from alibi_hf.families._about import About
+from alibi_hf.families._about import PACKED, About
 from alibi_hf.families._fields import (
     BOOL,
     INT,
@@ -67,7 +67,7 @@ ABOUT = About(
         "slopes and bias are rounded to bfloat16 in float32 models too",
         "n_head and n_layer of older files are ignored",
         "a static cache fails",
-        "packed documents see each other",
+        PACKED,
     ),
     proof="twice, with upstream's own bfloat16 bias and with the exact one: bias, tensors, logits, padding, decoding, "
     "generation, loss and gradients against float64",

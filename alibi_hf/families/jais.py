@@ -9,11 +9,11 @@ Source: `modeling_jais.py` of the model repositories, such as inceptionai/jais-1
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.families._about import About
-from alibi_hf.families._btlm import REFERENCE, ROUNDINGS, btlm_recognise, btlm_reference, btlm_rules
+from alibi_hf.families._btlm import ABOUT_CEREBRAS, REFERENCE, ROUNDINGS, btlm_recognise, btlm_reference, btlm_rules
 from alibi_hf.families._btlm_config import FIELDS, btlm_config
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -26,26 +26,11 @@ NAMES = (
     "JAISForTokenClassification",
     "JAISForQuestionAnswering",
 )
-ABOUT = About(
+ABOUT = replace(
+    ABOUT_CEREBRAS,
     checkpoints=("Jais-13B", "Jais-30B-v1", "Jais-30B-v3", "their chat versions", "Jais family 590M to 30B"),
-    switches=(
-        "alibi_slopes (stored in the checkpoint)",
-        "alibi_scaling",
-        "attention_scale",
-        "embedding_scale",
-        "logit_scale",
-        "mlp_type",
-        'alibi_rounding="jais"',
-    ),
     outside=("llama.cpp",),
-    exports=("gguf",),
-    defects=(
-        "slopes and bias are rounded to the model's dtype",
-        "rows longer than n_positions fail",
-        "vLLM ignores alibi_scaling and assumes tied embeddings",
-        "remote code that Transformers 5 no longer loads",
-        "packed documents see each other",
-    ),
+    defects=("vLLM ignores alibi_scaling and assumes tied embeddings", *ABOUT_CEREBRAS.defects),
 )
 
 __all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]

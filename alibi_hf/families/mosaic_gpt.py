@@ -6,27 +6,25 @@ Source: MosaicML `examples` v0.0.4, `llm/src/models/mosaic_gpt`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.families._about import About
 from alibi_hf.families._layout import named
-from alibi_hf.families._mosaic import FIELDS, REFERENCE, has_old_names, mosaic_config, mosaic_reference, mosaic_rules
+from alibi_hf.families._mosaic import (
+    ABOUT_MOSAIC,
+    FIELDS,
+    REFERENCE,
+    has_old_names,
+    mosaic_config,
+    mosaic_reference,
+    mosaic_rules,
+)
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 NAMES = ("mosaic_gpt", "MosaicGPT")
-ABOUT = About(
-    checkpoints=("mpt-1b-redpajama-200b", "mpt-1b-redpajama-200b-dolly"),
-    switches=("alibi_slopes (where the number of heads is no power of two)", "qk_norm", "clip_qkv"),
-    outside=(),
-    exports=("llm-foundry",),
-    defects=(
-        "slopes of a number of heads that is no power of two are not the paper's; kept as they were trained",
-        "remote code that Transformers 5 no longer loads",
-        "packed documents see each other",
-    ),
-)
+ABOUT = replace(ABOUT_MOSAIC, checkpoints=("mpt-1b-redpajama-200b", "mpt-1b-redpajama-200b-dolly"))
 ROUNDINGS = ("exact",)
 
 __all__ = ["ABOUT", "FIELDS", "NAMES", "REFERENCE", "ROUNDINGS", "config", "recognise", "reference", "rules"]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.families._about import About
+from alibi_hf.families._about import PACKED, About
 from alibi_hf.families._layout import has_tensor, named
 from alibi_hf.families._mpt_config import FIELDS, mpt_config
 from alibi_hf.families._mpt_layout import USUAL, mpt_layout, mpt_rules
@@ -59,7 +59,7 @@ ABOUT = About(
         "boolean 4-D masks are taken the wrong way round",
         "masked tokens inside a row count as distance",
         "eager attention only",
-        "packed documents see each other",
+        PACKED,
     ),
     proof="bias, tensors, logits, padding, decoding, generation, loss and gradients against float64; what "
     "MptForCausalLM ignores is compared with a plain module after llm-foundry's formulas, whole rows only",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from alibi_hf.checkpoints.rules import Rule, Split
-from alibi_hf.families._about import About
+from alibi_hf.families._about import OLD_CODE, PACKED, About
 from alibi_hf.families._fields import BOOL, INT, NUMBER, TOKEN_IDS, Field, build_config, need_multiple, read_fields
 from alibi_hf.families._layout import (
     dropped_rules,
@@ -43,8 +43,8 @@ ABOUT = About(
     defects=(
         "rows longer than n_positions fail",
         "llama.cpp's refact takes LayerNorm for RMSNorm",
-        "remote code that Transformers 5 no longer loads",
-        "packed documents see each other",
+        OLD_CODE,
+        PACKED,
     ),
 )
 PREFIX = "transformer."

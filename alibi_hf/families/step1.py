@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.families._about import About
+from alibi_hf.families._about import OLD_CODE, PACKED, About
 from alibi_hf.families._fields import BOOL, INT, NUMBER, TOKEN_IDS, Field, build_config, need_multiple, read_fields
 from alibi_hf.families._layout import has_tensor, head_rules, layer_modules, named, parameter_rules
 from alibi_hf.families._plain import plain_reference
@@ -34,8 +34,8 @@ ABOUT = About(
     defects=(
         "attention_mask is ignored: padding changes the answers",
         "a bias of heads x queries x keys is built in every layer",
-        "remote code that Transformers 5 no longer loads",
-        "packed documents see each other",
+        OLD_CODE,
+        PACKED,
     ),
 )
 PREFIX = "model."

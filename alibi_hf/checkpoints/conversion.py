@@ -94,8 +94,13 @@ def record(
         },
         notes=checkpoint.notes,
         versions=versions(),
-        command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command or own_command(),
     )
+
+
+def own_command() -> str:
+    """The command line of this process, without the folders of the program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
@@ -109,4 +114,4 @@ def versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["FILE", "Conversion", "fates", "record", "versions"]
+__all__ = ["FILE", "Conversion", "fates", "own_command", "record", "versions"]

@@ -7,14 +7,13 @@
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from alibi_hf.checkpoints.conversion import versions
+from alibi_hf.checkpoints.conversion import own_command, versions
 from alibi_hf.checkpoints.export_folder import plan_folder
 from alibi_hf.checkpoints.export_gguf import plan_gguf
 from alibi_hf.checkpoints.export_source import Converted
@@ -156,7 +155,7 @@ def export(
             config={"from": json.loads(source.config.to_json_string()), "to": plan.config},
             notes=plan.notes,
             versions=versions(),
-            command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command or own_command(),
         )
         report.save(partial)
     return report

@@ -21,7 +21,7 @@ from alibi_hf.checkpoints.gguf_architectures import Architecture, choose_archite
 from alibi_hf.checkpoints.gguf_tokenizer import add_tokenizer, has_tokenizer, read_tokenizer
 from alibi_hf.checkpoints.options import Progress, cast
 from alibi_hf.checkpoints.plan import meta_model
-from alibi_hf.checkpoints.shards import sha256_of
+from alibi_hf.checkpoints.shards import describe_file
 from alibi_hf.checkpoints.source import with_fields
 from alibi_hf.errors import AlibiError, ConfigFieldError
 from alibi_hf.families._layout import head_sizes
@@ -90,7 +90,7 @@ class GgufPlan:
         for relative in self.source.carried_files():
             if relative.name.startswith("LICENSE"):
                 shutil.copyfile(self.source.path / relative, folder / relative)
-        return [{"name": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size}]
+        return [describe_file(path)]
 
     def _add_keys(self, writer: Any) -> None:
         import gguf

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import meta_model
-from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, read_json, sha256_of
+from alibi_hf.checkpoints.reading import read_tensor
+from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype, read_json
 from alibi_hf.checkpoints.source import CARRIED
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
+from alibi_hf.errors import ConfigFieldError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 CLASSES = (
@@ -91,19 +91,11 @@ class Converted:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most of the values."""
-        sizes: dict[torch.dtype, int] = {}
-        for info in self.tensors.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return main_dtype(self.tensors.values())
 
     def get(self, name: str) -> Tensor:
         """One tensor from the file; the memory is freed with it. `CheckpointFileError` if the file cannot be read."""
-        shard = self.tensors[name].shard
-        try:
-            with safe_open(shard, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointFileError(f"{name} cannot be read from {shard}: {error}.") from error
+        return read_tensor(self.tensors[name])
 
     def check_tie(self) -> None:
         """`TensorError` where a tied head is stored all the same and differs from the embedding."""
@@ -116,7 +108,7 @@ class Converted:
     def sha256(self) -> list[dict[str, Any]]:
         """Name, SHA-256 and size in bytes of every weight file."""
         shards = sorted({info.shard for info in self.tensors.values()})
-        return [{"name": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for path in shards]
+        return [describe_file(path) for path in shards]
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat-template, licence and generation files of the folder, relative to it."""

@@ -7,7 +7,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -254,6 +254,19 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """Name, SHA-256 and size in bytes of a file, as records hold them."""
+    return {"name": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def main_dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The dtype of most of the values of some tensors."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -265,8 +278,10 @@ __all__ = [
     "DTYPE_NAMES",
     "MAX_HEADER",
     "TensorInfo",
+    "describe_file",
     "list_tensors",
     "load_pickle",
+    "main_dtype",
     "read_json",
     "require_pickle_allowed",
     "sha256_of",

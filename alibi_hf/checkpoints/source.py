@@ -19,7 +19,7 @@ from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.checkpoints.shards import TensorInfo, list_tensors, load_pickle, read_json, sha256_of
+from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, load_pickle, main_dtype, read_json
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
 from alibi_hf.families import Family, find_family
 from alibi_hf.model.bias_alibi import alibi_slopes
@@ -168,10 +168,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most of the values that are read."""
-        sizes: dict[torch.dtype, int] = {}
-        for info in (self.tensors[group.source] for group in self.groups if group.fate != "dropped"):
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return main_dtype(self.tensors[group.source] for group in self.groups if group.fate != "dropped")
 
     @property
     def parameters(self) -> int:
@@ -229,9 +226,7 @@ class Checkpoint:
     def sha256(self, workers: int = 1) -> list[dict[str, Any]]:
         """Name, SHA-256 and size in bytes of every weight file, read by `workers` threads."""
         with ThreadPoolExecutor(workers) as pool:
-            hashes = list(pool.map(sha256_of, self.shards))
-        pairs = zip(self.shards, hashes, strict=True)
-        return [{"name": path.name, "sha256": digest, "bytes": path.stat().st_size} for path, digest in pairs]
+            return list(pool.map(describe_file, self.shards))
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat-template and licence files of the folder, relative to it."""

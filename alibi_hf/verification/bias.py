@@ -22,7 +22,7 @@ from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.report import BiasSample, Check
-from alibi_hf.verification.subjects import depends_on_call, longer_fields
+from alibi_hf.verification.subjects import Caught, depends_on_call, longer_fields
 
 TOLERANCE = 1e-6
 VOCABULARY = 8
@@ -108,20 +108,16 @@ def _without_weights(model: nn.Module) -> nn.Module:
     return model._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
 
 
-class _Caught(Exception):
-    """Ends a forward pass at the hook, which has what it came for."""
-
-
 def _capture(model: nn.Module, module: nn.Module, argument: str, feed: Feed) -> Any:
     """Run `model` until `module` is called, and return the keyword `argument` of that call."""
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Caught(kwargs[argument])
+        raise Caught(kwargs[argument])
 
     hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(input_ids=feed.ids, attention_mask=feed.mask, use_cache=False)
-    except _Caught as caught:
+    except Caught as caught:
         return caught.args[0]
     finally:
         hook.remove()

@@ -24,7 +24,7 @@ from alibi_hf.errors import TensorError
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.bias import LAYER_FIELDS
-from alibi_hf.verification.subjects import compared_groups, longer_fields
+from alibi_hf.verification.subjects import Caught, compared_groups, longer_fields
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _MODEL, _LAYERS = "model.", "model.layers."
@@ -76,23 +76,19 @@ class Part:
     def _run(self, ids: torch.Tensor, *hooks: Any) -> torch.Tensor:
         try:
             return self.model(input_ids=ids, use_cache=False).logits
-        except _Caught as caught:
+        except Caught as caught:
             return caught.args[0]
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-class _Caught(Exception):
-    """Ends a forward pass at the hook, which has what it came for."""
-
-
 def _stop_before(_: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _Caught(args[0])
+    raise Caught(args[0])
 
 
 def _stop_after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Caught(output[0] if isinstance(output, tuple) else output)
+    raise Caught(output[0] if isinstance(output, tuple) else output)
 
 
 def _put(states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -24,6 +24,10 @@ from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 HEADS = ("score.", "classifier.", "qa_outputs.")  # heads that the language model, which is compared, does not have
 
 
+class Caught(Exception):
+    """Ends a forward pass at a hook, which has what it came for."""
+
+
 def compared_groups(checkpoint: Checkpoint) -> list[Group]:
     """Return the groups of the checkpoint that the language model is made of."""
     return [group for group in checkpoint.groups if not group.targets or not group.targets[0].startswith(HEADS)]

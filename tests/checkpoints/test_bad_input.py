@@ -5,7 +5,6 @@ import shutil
 import struct
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from alibi_hf.families import all_families
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from tests.all_families import FAMILIES
 from tests.builders import VOCAB
+from tests.scratch import scratch_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -26,7 +26,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 @cache
 def good(family: str, shards: int = 1) -> Path:
     """A checkpoint with nothing wrong; copied before it is changed."""
-    return FAMILIES[family](Path(mkdtemp()) / "good", shards=shards)
+    return FAMILIES[family](scratch_folder() / "good", shards=shards)
 
 
 @cache

@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from tests.builders import HEAD_DIM, distance, ids
 from tests.model.cases import CASES, TOLERANCE, assert_close, build, documents
 from tests.model.feeding import FEEDS
 from tests.references.decoder import decode
+from tests.scratch import scratch_folder
 
 torchao_quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
 
@@ -43,7 +43,7 @@ def int8() -> TorchAoConfig:
 @functools.cache
 def saved(case: str) -> Path:
     """The folder of a case in float32."""
-    folder = Path(mkdtemp()) / case
+    folder = scratch_folder() / case
     build(case, torch.float32).save_pretrained(folder)
     return folder
 

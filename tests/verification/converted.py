@@ -2,10 +2,10 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 from alibi_hf.checkpoints.convert import convert
 from tests import builders
+from tests.scratch import scratch_folder
 
 LENGTHS = (12, 40)
 
@@ -17,7 +17,7 @@ def pair(family: str, heads: int = 6, **kwargs: object) -> tuple[Path, Path]:
 
 @cache
 def _pair(family: str, heads: int, kwargs: tuple[tuple[str, object], ...]) -> tuple[Path, Path]:
-    folder = Path(mkdtemp(prefix=f"{family}-{heads}-"))
+    folder = scratch_folder(f"{family}-{heads}-")
     source = getattr(builders, family)(folder / "source", heads, **dict(kwargs))
     convert(source, folder / "output", verify=False)
     return source, folder / "output"

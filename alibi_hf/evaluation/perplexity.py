@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,11 +32,14 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int 
             f"the text has {len(tokens)} tokens, fewer than one window of {length}; give a shorter length."
         )
     windows = tokens[: len(tokens) // length * length].view(-1, length).to(model.device)
+    options = {"use_cache": False}
+    if "skip_logits" in inspect.signature(model.forward).parameters:
+        options["skip_logits"] = True  # the loss alone is read: long windows need no logits
     was_training = model.training
     model.eval()
     try:
         batches = windows.split(max(1, batch_tokens // length))
-        total = sum(float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch) for batch in batches)
+        total = sum(float(model(input_ids=batch, labels=batch, **options).loss) * len(batch) for batch in batches)
     finally:
         model.train(was_training)
     return math.exp(total / len(windows))

@@ -30,6 +30,7 @@ from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
 from .dense_alibi import soft_cap
 from .layers_alibi import AlibiDecoderLayer, make_norm
+from .loss_alibi import can_chunk, check_label_shape, check_labels, chunked_loss
 from .positions_alibi import find_documents, is_tracing, make_distances, make_paged_distances
 from .pretrained_alibi import AlibiPreTrainedModel
 
@@ -75,12 +76,14 @@ class AlibiModel(AlibiPreTrainedModel):
             past_key_values: a Transformers cache; `use_cache` makes one if there is none.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds; a mask shorter than cache and tokens; documents
-                packed in one row together with a cache.
+            ValueError: both or none of input_ids and inputs_embeds; no tokens; a mask shorter than cache and tokens;
+                documents packed in one row together with a cache; bounds of documents that do not fit the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not is_tracing() and hidden_states.numel() == 0:
+            raise ValueError(f"The input has no tokens: its shape is {tuple(hidden_states.shape[:2])}.")
         if self.config.embedding_scale is not None:
             hidden_states = hidden_states * self.config.embedding_scale
 
@@ -183,13 +186,29 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits `[batch, kept tokens, vocab]`, and the loss where `labels` `[batch, tokens]` are given.
 
         Labels are shifted inside; -100 is ignored. `logits_to_keep` is a number of last tokens (0: all) or indices. The
-        other arguments are those of [`AlibiModel`].
+        other arguments are those of [`AlibiModel`], and those of Transformers' `ForCausalLMLoss`.
+
+        `skip_logits=True` returns the loss alone, logits None, and computes it chunk by chunk of tokens: the memory of
+        all logits is not needed (see [`chunked_loss`]). None, the default, means True in a training step of `Trainer`,
+        which reads no logits there: in training mode, with labels, gradients and `num_items_in_batch`. Where the head
+        is wrapped, hooked, quantised or sharded, `loss_function` is one's own, or a compiler traces, logits are None
+        too, but the loss is computed from all of them.
+
+        Raises:
+            ValueError: labels of another shape than the tokens; a label outside the vocabulary (where labels are on
+                CPU); skip_logits without labels.
         """
+        if skip_logits is None:
+            counted = labels is not None and kwargs.get("num_items_in_batch") is not None
+            skip_logits = counted and self.training and torch.is_grad_enabled()
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True returns the loss alone, and labels are None; give labels.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -200,13 +219,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        if self.config.logit_scale is not None:
-            logits = logits * self.config.logit_scale
-        logits = soft_cap(logits, self.config.final_logit_softcapping)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = self._loss_and_logits(outputs.last_hidden_state[:, keep], labels, skip_logits, kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -214,6 +227,24 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_and_logits(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, skip_logits: bool, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        config, loss = self.config, None
+        if labels is not None:
+            check_labels(labels, hidden_states.shape[:2], config.vocab_size, **kwargs)
+        if skip_logits and can_chunk(self.lm_head, hidden_states, self.loss_function):
+            scale, cap = config.logit_scale, config.final_logit_softcapping
+            weight = self.lm_head.weight
+            return chunked_loss(hidden_states, weight, labels, logit_scale=scale, softcap=cap, **kwargs), None
+        logits = self.lm_head(hidden_states)
+        if config.logit_scale is not None:
+            logits = logits * config.logit_scale
+        logits = soft_cap(logits, config.final_logit_softcapping)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        return loss, None if skip_logits else logits
 
 
 class AlibiForSequenceClassification(AlibiPreTrainedModel):
@@ -315,6 +346,8 @@ class AlibiForTokenClassification(AlibiPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if labels is not None:
+            check_label_shape(labels, outputs.last_hidden_state.shape[:2])
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = self.loss_function(logits, labels, self.config) if labels is not None else None
         return TokenClassifierOutput(

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def find_documents(
     separates documents by itself. While tracing, position_ids beside a cache are taken for one document a row.
 
     Raises:
-        ValueError: several documents in a row together with a cache; position_ids of another length than the queries.
+        ValueError: several documents in a row together with a cache; position_ids or seq_idx of another length than the
+            queries; cu_seq_lens_q that do not rise from 0 to the number of queries (a document without tokens is none).
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return None
@@ -54,13 +56,33 @@ def find_documents(
 
 
 def _named_documents(batch: int, queries: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    if kwargs.get("cu_seq_lens_q") is not None:
+        _check_bounds(kwargs["cu_seq_lens_q"], queries)
     if kwargs.get("seq_idx") is not None:
+        if kwargs["seq_idx"].shape[-1] != queries:
+            raise ValueError(
+                f"seq_idx covers {kwargs['seq_idx'].shape[-1]} tokens, the input has {queries}; give one a token."
+            )
         index = kwargs["seq_idx"].expand(batch, queries)
         return torch.nn.functional.pad(index[:, 1:] != index[:, :-1], (1, 0)).long().cumsum(-1)  # ids may come back
     if kwargs.get("cu_seq_lens_q") is not None:
         bounds = kwargs["cu_seq_lens_q"].long()
         return torch.searchsorted(bounds, torch.arange(queries, device=bounds.device), right=True)[None]
     return None
+
+
+def _check_bounds(cu_seq_lens: torch.Tensor, queries: int) -> None:
+    if is_tracing():
+        return
+    bounds = cu_seq_lens.tolist()
+    fallen = [(one, other) for one, other in itertools.pairwise(bounds) if other < one]
+    if fallen:
+        raise ValueError(f"cu_seq_lens_q must not decrease, found {fallen[0][0]} before {fallen[0][1]}.")
+    if not bounds or (bounds[0], bounds[-1]) != (0, queries):
+        raise ValueError(
+            f"cu_seq_lens_q go from {bounds[0] if bounds else None} to {bounds[-1] if bounds else None}, the input has "
+            f"{queries} tokens; they start at 0 and end at the number of tokens."
+        )
 
 
 def _counted_documents(

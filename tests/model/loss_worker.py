@@ -1,0 +1,51 @@
+"""One rank of `test_loss_training.py`, under torchrun: one row of a batch, wrapped by DDP and by FSDP2."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from alibi_hf.model import modeling_alibi
+from tests.model.cases import build
+
+
+def learn(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Return this rank's part of the loss after backward; gradients are averaged over the ranks, so it is doubled."""
+    row = slice(dist.get_rank(), dist.get_rank() + 1)
+    with patch.object(modeling_alibi, "chunked_loss", wraps=modeling_alibi.chunked_loss) as chunked:
+        outputs = model(given["ids"][row], labels=given["labels"][row], num_items_in_batch=given["items"] / 2)
+    assert outputs.logits is None and chunked.call_count == 1
+    outputs.loss.backward()
+    return outputs.loss.detach()
+
+
+def main(folder: Path) -> None:
+    """Write the mean of the losses and the gradients under each engine."""
+    dist.init_process_group("gloo")
+    given, found = torch.load(folder / "given.pt"), {}
+    plain = build("six").train()
+    sharded = copy.deepcopy(plain)
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    for engine, model in {"DDP": DistributedDataParallel(plain), "FSDP2": sharded}.items():
+        loss = learn(model, given)
+        dist.all_reduce(loss)
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            whole = getattr(parameter.grad, "full_tensor", lambda parameter=parameter: parameter.grad)
+            gradients[name.removeprefix("module.")] = whole()
+        found[engine] = {"loss": loss / 2, "gradients": gradients}
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -271,5 +271,5 @@ def _times_weight(gradient: torch.Tensor, weight: torch.Tensor, exact: torch.dty
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add `left @ right` to `total`; the product is not rounded to 16 bits first."""
-    options = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
+    options: dict[str, Any] = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
     torch.addmm(total, left, right, out=total, **options)

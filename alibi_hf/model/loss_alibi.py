@@ -37,7 +37,7 @@ CAST_ROWS = 8192  # of a 16-bit weight that are held in float32 at a time
 def chunked_loss(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.Tensor | None,
+    labels: torch.Tensor,
     *,
     logit_scale: float | None = None,
     softcap: float | None = None,
@@ -64,7 +64,7 @@ def chunked_loss(
     Raises:
         ValueError: a label outside the vocabulary.
     """
-    targets = _next_labels(labels, ignore_index) if shift_labels is None else shift_labels
+    targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     targets = targets.flatten().to(hidden_states.device, torch.long)
     rows = (targets != ignore_index).nonzero()[:, 0]
     targets = targets[rows]
@@ -136,12 +136,6 @@ def check_label_shape(labels: torch.Tensor, shape: torch.Size) -> None:
     raise ValueError(message)
 
 
-def _next_labels(labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
-    if labels is None:
-        raise ValueError("A loss needs labels or shift_labels; both are None.")
-    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-
-
 def _refuse_unknown(labels: torch.Tensor, vocab_size: int) -> None:
     outside = labels[(labels < 0) | (labels >= vocab_size)]
     if outside.numel():
@@ -167,25 +161,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the sum, in float32 or float64; `rows` are those that count, `labels` theirs, both `[counted]`."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        narrow = _factor_dtype(hidden, exact)
-        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         to_hidden, to_weight = (
-            torch.zeros_like(tensor, dtype=exact) if want else None
-            for tensor, want in zip((hidden, weight), wanted, strict=True)
+            torch.zeros_like(tensor, dtype=exact) if grad_enabled and needed else None
+            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
         )
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        narrow = _factor_dtype(hidden, exact)
         factor = weight.to(narrow) if hidden.is_cuda else weight
         size = _chunk_rows(weight.shape[0], hidden.device)
-        total = torch.zeros((), dtype=exact, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for at, targets in zip(rows.split(size), labels.split(size), strict=True):
                 states = hidden[at].to(narrow)
                 logits = _logits(states, factor, exact)
-                total += _cross_entropy_(logits, targets, scale, softcap, any(wanted)).sum()
-                gradient = logits.to(narrow)
+                total += _cross_entropy_(logits, targets, scale, softcap).sum()
                 if to_hidden is not None:
-                    to_hidden[at] = _times_weight(gradient, factor, exact)
+                    to_hidden[at] = _times_weight(logits.to(narrow), factor, exact)
                 if to_weight is not None:
-                    _add_product(to_weight, gradient.t(), states)
+                    _add_product(to_weight, logits.to(narrow).t(), states)
         ctx.gradients = (to_hidden, to_weight)
         ctx.dtypes, ctx.empty = (hidden.dtype, weight.dtype), len(rows) == 0
         return total
@@ -220,27 +212,28 @@ def _factor_dtype(hidden: torch.Tensor, exact: torch.dtype) -> torch.dtype:
 
 
 def _cross_entropy_(
-    logits: torch.Tensor, labels: torch.Tensor, scale: float | None, softcap: float | None, differentiate: bool
+    logits: torch.Tensor, labels: torch.Tensor, scale: float | None, softcap: float | None
 ) -> torch.Tensor:
-    """Return the loss of each row; `logits` `[rows, vocab]` become the gradient of their sum, in place."""
+    """Return the loss of each row, `[rows]`; `logits` `[rows, vocab]` become the gradient of their sum, in place."""
     if scale is not None:
         logits.mul_(scale)
     steepness = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
-        steepness = 1 - logits.square() if differentiate else None
+        steepness = 1 - logits.square()
         logits.mul_(softcap)
+    right = torch.arange(len(labels), device=labels.device), labels
     logits.sub_(logits.amax(-1, keepdim=True))
-    right = logits.gather(-1, labels[:, None])
+    losses = -logits[right]
     sums = logits.exp_().sum(-1, keepdim=True)
-    if differentiate:
-        logits.div_(sums)
-        logits.scatter_add_(-1, labels[:, None], -torch.ones_like(right))
-        if steepness is not None:
-            logits.mul_(steepness)
-        if scale is not None:
-            logits.mul_(scale)
-    return sums.log() - right
+    losses += sums[:, 0].log()
+    logits.div_(sums)
+    logits[right] -= 1
+    if steepness is not None:
+        logits.mul_(steepness)
+    if scale is not None:
+        logits.mul_(scale)
+    return losses
 
 
 def _pieces(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -257,7 +250,7 @@ def _logits(states: torch.Tensor, weight: torch.Tensor, exact: torch.dtype) -> t
         return torch.mm(states, weight.t(), out_dtype=exact)
     logits = states.new_empty(states.shape[0], weight.shape[0])
     for piece, part in _pieces(weight, exact):
-        logits[:, piece] = states @ part.t()
+        torch.mm(states, part.t(), out=logits[:, piece])
     return logits
 
 

@@ -231,17 +231,16 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
     def _loss_and_logits(
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, skip_logits: bool, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        config, loss = self.config, None
+        config, head, loss = self.config, self.lm_head, None
+        scale, cap = config.logit_scale, config.final_logit_softcapping
         if labels is not None:
             check_labels(labels, hidden_states.shape[:2], config.vocab_size, **kwargs)
-        if skip_logits and can_chunk(self.lm_head, hidden_states, self.loss_function):
-            scale, cap = config.logit_scale, config.final_logit_softcapping
-            weight = self.lm_head.weight
-            return chunked_loss(hidden_states, weight, labels, logit_scale=scale, softcap=cap, **kwargs), None
-        logits = self.lm_head(hidden_states)
-        if config.logit_scale is not None:
-            logits = logits * config.logit_scale
-        logits = soft_cap(logits, config.final_logit_softcapping)
+            if skip_logits and can_chunk(head, hidden_states, self.loss_function):
+                return chunked_loss(hidden_states, head.weight, labels, logit_scale=scale, softcap=cap, **kwargs), None
+        logits = head(hidden_states)
+        if scale is not None:
+            logits = logits * scale
+        logits = soft_cap(logits, cap)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         return loss, None if skip_logits else logits

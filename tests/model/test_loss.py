@@ -158,6 +158,15 @@ def rms(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (found.double() - truth).square().mean().sqrt()
 
 
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, labels = states(1, 12, 8, 11)
+    with torch.no_grad():
+        found = chunked_loss(hidden * 100, weight * 100, labels)
+    truth = F.cross_entropy((hidden * 100 @ (weight * 100).T)[0, :-1].double(), labels[0, 1:])
+    assert truth > 1000
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+
+
 def test_packed_documents_learn_what_separate_ones_do(small_chunks: None) -> None:
     """Three micro-batches or one row: the loss and the gradients of the reference, which knows the bias by itself."""
     model, texts = build("six").train(), documents(40, 9, 23)
@@ -191,6 +200,14 @@ def test_nothing_of_tokens_times_vocabulary_is_held(skip: bool, monkeypatch: pyt
     with LargestTensor() as seen:
         model(ids, labels=ids, skip_logits=skip, use_cache=False).loss.backward()
     assert (seen.largest < 1024 * 4096 // 4) == skip
+
+
+def test_a_weight_of_16_bits_is_not_copied_whole(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_alibi, "CAST_ROWS", 256)
+    hidden, weight, labels = states(1, 40, 64, 4096, torch.bfloat16)
+    with LargestTensor() as seen:
+        chunked_loss(hidden, weight.detach(), labels).backward()
+    assert seen.largest == weight.numel() // 2  # the weight itself, counted in float32
 
 
 def test_perplexity_holds_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

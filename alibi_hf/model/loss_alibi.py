@@ -48,7 +48,8 @@ def chunked_loss(
 ) -> torch.Tensor:
     """Return the cross entropy of the next token, as `ForCausalLMLoss` does, without its logits.
 
-    It can be differentiated once, with respect to `hidden_states` and `weight`.
+    It can be differentiated once, with respect to `hidden_states` and `weight`, and holds both gradients until then, in
+    float32 at least.
 
     Args:
         hidden_states: `[batch, tokens, hidden]`.

@@ -130,16 +130,20 @@ def grads(loss: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...
     return torch.autograd.grad(loss, tensors, retain_graph=True)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("mixed", [False, True], ids=["weights of 16 bits", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_as_near_to_float64_as_full_logits(
-    dtype: torch.dtype, mixed: bool, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, mixed: bool, device: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loss_alibi, "GPU_CHUNK_BYTES", 1)
     monkeypatch.setattr(loss_alibi, "CAST_ROWS", 100)
-    hidden, weight, labels = states(1, 300, 32, 512, torch.float32 if mixed else dtype)
+    given = states(1, 300, 32, 512, torch.float32 if mixed else dtype)
+    hidden, weight, labels = (tensor.detach().to(device) for tensor in given)
+    hidden.requires_grad_(), weight.requires_grad_()
     double = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     truth = chunked_loss(*double, labels, logit_scale=0.5, softcap=4.0)
-    with torch.autocast("cpu", dtype, enabled=mixed):
+    with torch.autocast(device, dtype, enabled=mixed):
         found = chunked_loss(hidden, weight, labels, logit_scale=0.5, softcap=4.0)
         logits = torch.tanh(F.linear(hidden, weight) * 0.5 / 4.0) * 4.0
         ordinary = ForCausalLMLoss(logits, labels, vocab_size=512)

@@ -44,7 +44,8 @@ def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
         return
     settings = read_json(path) if path.exists() else {}
     if "tokenizer_class" not in settings:
-        settings["tokenizer_class"] = checkpoint.raw.get("tokenizer_class") or "PreTrainedTokenizerFast"
+        usual = getattr(checkpoint.family, "TOKENIZER", "PreTrainedTokenizerFast")
+        settings["tokenizer_class"] = checkpoint.raw.get("tokenizer_class") or usual
         write_json(path, settings)
 
 
@@ -61,6 +62,19 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_card(checkpoint: Checkpoint, conversion: Conversion, folder: Path) -> None:
     """README.md: what the checkpoint is, where it comes from, whether it was proved, and how to load it."""
+    save_card(checkpoint, folder, "converted to `alibi`", _VERDICTS[conversion.verified], CONVERSION)
+
+
+def save_card(checkpoint: Checkpoint, folder: Path, title: str, statement: str, record: str) -> None:
+    """README.md of a folder made from `checkpoint`.
+
+    Args:
+        checkpoint: the source.
+        folder: where it goes.
+        title: what was done to the source, after its name.
+        statement: what a reader must know first.
+        record: the file that lists every file and tensor.
+    """
     fields = _card_fields(checkpoint)
     if checkpoint.revision is not None and checkpoint.source.count("/") == 1:
         fields["base_model"] = checkpoint.source
@@ -71,15 +85,15 @@ def write_card(checkpoint: Checkpoint, conversion: Conversion, folder: Path) -> 
 {data.to_yaml()}
 ---
 
-# {Path(checkpoint.source).name}, converted to `alibi`
+# {Path(checkpoint.source).name}, {title}
 
-{_VERDICTS[conversion.verified]}
+{statement}
 {licence}
 Source: `{Path(checkpoint.source).name if checkpoint.path == Path(checkpoint.source) else checkpoint.source}`,
 family {checkpoint.family_name}, revision {checkpoint.revision or "not given"}.
 {checkpoint.parameters:,} parameters, {config.num_hidden_layers} layers, width {config.hidden_size},
 {config.num_attention_heads} heads, trained at {config.max_position_embeddings} tokens; longer inputs are allowed.
-`conversion.json` lists every file and tensor.
+`{record}` lists every file and tensor.
 
 ```python
 from transformers import {_auto_class(checkpoint)}
@@ -126,4 +140,4 @@ def write_config(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     write_json(folder / "config.json", values)
 
 
-__all__ = ["generation_config", "mark_verified", "write_card", "write_companions", "write_config"]
+__all__ = ["generation_config", "mark_verified", "save_card", "write_card", "write_companions", "write_config"]

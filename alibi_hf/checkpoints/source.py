@@ -5,6 +5,7 @@ tensor. It never runs code of the source and never reaches out to anything but t
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +78,7 @@ class Checkpoint:
         revision: str | None = None,
         allow_pickle: bool = False,
         need_head: bool = True,
+        find: Callable[[dict[str, Any], Sequence[str]], Family] = find_family,
         **config_fields: Any,
     ) -> "Checkpoint":
         """Open a folder or a Hub id and account for all of it.
@@ -86,6 +88,7 @@ class Checkpoint:
             revision: branch, tag or commit of a Hub id.
             allow_pickle: read `pytorch_model*.bin` or Megatron-DeepSpeed's layer files where there are no safetensors.
             need_head: whether a decoder without any head is an error.
+            find: gives the family of a config and the names of the tensors; `retrofit` has layouts of its own.
             config_fields: fields of our config to set on top, such as `alibi_rounding="bloom"`.
 
         Raises:
@@ -97,7 +100,7 @@ class Checkpoint:
         raw = read_json(folder / "config.json")
         tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
         try:
-            family = find_family(raw, list(tensors))
+            family = find(raw, list(tensors))
             config = with_fields(family.config(raw), config_fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigFieldError(

@@ -21,6 +21,8 @@ from alibi_hf.families._fields import Field
 from alibi_hf.families._reference import Reference
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
+OTHER_POSITIONS = ("gpt2", "llama", "mistral")  # model types without ALiBi that `retrofit` reads
+
 
 class Family(Protocol):
     """What a family module offers; see the package's docstring."""
@@ -97,8 +99,13 @@ def _unknown(raw: dict[str, Any], tensor_names: Sequence[str]) -> str:
         )
     if raw.get("model_type") == AlibiConfig.model_type:
         return f"{found} is this package's own layout: it is converted already; load it with from_pretrained."
+    if raw.get("model_type") in OTHER_POSITIONS:
+        return (
+            f"{found} has no ALiBi: its positions are learned or rotary. Load it with Transformers' own class; "
+            f"`alibi-hf retrofit` makes an ALiBi model of it, which must be trained on."
+        )
     known = ", ".join(family.NAMES[0] for family in all_families())
     return f"{found} and {tensors} belongs to no known family. Known families: {known}."
 
 
-__all__ = ["Family", "all_families", "find_family"]
+__all__ = ["OTHER_POSITIONS", "Family", "all_families", "find_family"]

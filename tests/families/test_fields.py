@@ -90,8 +90,8 @@ def test_discovery_finds_every_family_by_model_type_and_class():
 
 
 def test_unknown_family_names_what_was_found_and_what_is_known():
-    with pytest.raises(UnknownFamilyError, match=r"model_type='llama'.*bloom, .*falcon, .*mpt"):
-        find_family({"model_type": "llama"}, ["model.embed_tokens.weight"])
+    with pytest.raises(UnknownFamilyError, match=r"model_type='gpt_neox'.*bloom, .*falcon, .*mpt"):
+        find_family({"model_type": "gpt_neox"}, ["gpt_neox.embed_in.weight"])
 
 
 def test_a_model_type_with_foreign_tensors_is_not_recognised():

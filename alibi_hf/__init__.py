@@ -39,6 +39,7 @@ from alibi_hf.model.modeling_alibi import (
     AlibiModel,
     AlibiPreTrainedModel,
 )
+from alibi_hf.retrofitting import Retrofit, retrofit
 from alibi_hf.verification import NotEnoughMemoryError, Verification, verify
 
 try:
@@ -83,6 +84,7 @@ __all__ = [
     "Inspection",
     "NotEnoughMemoryError",
     "NotProvedError",
+    "Retrofit",
     "TensorError",
     "UnknownFamilyError",
     "UnsafeSourceError",
@@ -92,5 +94,6 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "list_families",
+    "retrofit",
     "verify",
 ]

@@ -109,6 +109,50 @@ def convert(
 
 
 @app.command()
+def retrofit(
+    source: Annotated[str, typer.Argument(help="A GPT-2, Llama or Mistral checkpoint: a folder, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    bias_max: Annotated[float, typer.Option(help="The slopes are 2 ** (-bias_max * i / heads).")] = 8.0,
+    length: Annotated[
+        int | None, typer.Option(help="max_position_embeddings of the result; default: the source's.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 5GB.")] = "5GB",
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Shards written at once; default: by processors and free memory.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Check on a short text that the weights arrived.")] = True,
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an ALiBi model of SOURCE, which has learned or rotary positions. It computes something else: train it."""
+    with _errors(), _progress(quiet or as_json) as progress:
+        report = alibi_hf.retrofit(
+            source,
+            output,
+            bias_max=bias_max,
+            length=length,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            revision=revision,
+            overwrite=overwrite,
+            resume=resume,
+            workers=workers,
+            check=check,
+            allow_pickle=allow_pickle,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            command=shlex.join(["alibi-hf", *sys.argv[1:]]),
+        )
+        _show(report, as_json, quiet)
+
+
+@app.command()
 def export(
     folder: Annotated[
         Path, typer.Argument(help="A folder in this package's layout: converted, or saved after training.")

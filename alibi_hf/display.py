@@ -13,9 +13,10 @@ from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.export import Export
 from alibi_hf.checkpoints.inspect import Inspection
 from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList
+from alibi_hf.retrofitting import Retrofit
 from alibi_hf.verification import Verification
 
-Report = Inspection | Conversion | Export | Verification | FamilyList
+Report = Inspection | Conversion | Export | Retrofit | Verification | FamilyList
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -28,6 +29,8 @@ def render(report: Report) -> RenderableType:
         return _conversion(report)
     if isinstance(report, Export):
         return _export(report)
+    if isinstance(report, Retrofit):
+        return _retrofit(report)
     if isinstance(report, FamilyList):
         return _families(report)
     return report.table()
@@ -99,15 +102,35 @@ def _braced(names: list[str]) -> str:
     return ".".join(parts[0] if len(parts) == 1 else "{" + ",".join(parts) + "}" for parts in places)
 
 
-def _conversion(report: Conversion) -> RenderableType:
+def _retrofit(report: Retrofit) -> Table:
+    ours = report.config["to"]
+    rows = {
+        "source": f"{report.source['path_or_id']} ({report.source['family']})",
+        "what it is": report.statement,
+        **_notes(report.notes),
+        "slopes": f"{ours['num_attention_heads']} heads, alibi_bias_max {ours['alibi_bias_max']:g}",
+        **_written(report, ("used", "tied", "dropped")),
+        "the source's weights": report.weights,
+        "next": "train it; `retrofit.md` in the folder says what was done",
+    }
+    return _pairs(str(report.output_path), rows)
+
+
+def _written(report: Conversion | Export | Retrofit, kinds: tuple[str, ...]) -> dict[str, str]:
     fates = [tensor["fate"] for tensor in report.tensors]
+    return {
+        "tensors": ", ".join(f"{fates.count(fate)} {fate}" for fate in kinds),
+        "weights": ", ".join(f"{file['name']} ({size(file['bytes'])})" for file in report.output["files"]),
+    }
+
+
+def _conversion(report: Conversion) -> RenderableType:
     verified = {True: "proved", False: "not proved", None: "not verified"}[report.verified]
     summary = _pairs(
         str(report.output_path),
         {
             "source": f"{report.source['path_or_id']} ({report.source['family']})",
-            "tensors": ", ".join(f"{fates.count(fate)} {fate}" for fate in ("used", "tied", "dropped")),
-            "weights": ", ".join(f"{file['name']} ({size(file['bytes'])})" for file in report.output["files"]),
+            **_written(report, ("used", "tied", "dropped")),
             "parity": verified,
             **_notes(report.notes),
         },
@@ -116,12 +139,10 @@ def _conversion(report: Conversion) -> RenderableType:
 
 
 def _export(report: Export) -> Table:
-    fates = [tensor["fate"] for tensor in report.tensors]
     rows = {
         "source": report.source["path"],
         "for": f"{report.target} ({report.architecture})",
-        "tensors": ", ".join(f"{fates.count(fate)} {fate}" for fate in ("used", "padded")),
-        "weights": ", ".join(f"{file['name']} ({size(file['bytes'])})" for file in report.output["files"]),
+        **_written(report, ("used", "padded")),
     }
     notes = {f"note {number}": note for number, note in enumerate(report.notes, 1)}
     return _pairs(str(report.output_path), rows | notes)

@@ -92,7 +92,7 @@ def save_card(checkpoint: Checkpoint, folder: Path, title: str, statement: str, 
 Source: `{Path(checkpoint.source).name if checkpoint.path == Path(checkpoint.source) else checkpoint.source}`,
 family {checkpoint.family_name}, revision {checkpoint.revision or "not given"}.
 {checkpoint.parameters:,} parameters, {config.num_hidden_layers} layers, width {config.hidden_size},
-{config.num_attention_heads} heads, trained at {config.max_position_embeddings} tokens; longer inputs are allowed.
+{config.num_attention_heads} heads, made for {config.max_position_embeddings} tokens; longer inputs are allowed.
 `{record}` lists every file and tensor.
 
 ```python

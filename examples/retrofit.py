@@ -216,18 +216,24 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw perplexity by step of training on, and by length."""
     from matplotlib import pyplot
 
+    by_length, length = figures["perplexity_by_length"], figures["length"]
+    colours = {name: f"C{index}" for index, name in enumerate(by_length)}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    bar = figures["perplexity_by_length"]["source"][figures["length"]]
-    left.axhline(bar, color="grey", linestyle=":", label="source, before")
+    left.axhline(by_length["source"][length], color=colours["source"], linestyle=":", label="source, before")
     for name, values in figures["perplexity_by_step"].items():
-        left.plot(list(values), list(values.values()), label=f"{name}, trained on")
-    left.set(xlabel="steps trained on", ylabel="held-out perplexity", yscale="log", title=f"{figures['length']} tokens")
-    for name, values in figures["perplexity_by_length"].items():
-        read = {length: value for length, value in values.items() if value is not None}
-        right.plot(list(read), list(read.values()), marker="o", label=name)
-    right.set(xlabel="length in tokens", xscale="log", yscale="log", title="by length")
-    right.set_xticks(list(figures["perplexity_by_length"]["source"]), labels=figures["perplexity_by_length"]["source"])
+        trained = f"{name}, trained on"
+        left.plot(list(values), list(values.values()), color=colours[trained], label=trained)
+    left.set(xlabel="steps trained on", ylabel="held-out perplexity", title=f"rows of {length} tokens")
+    for name, values in by_length.items():
+        read = {at: value for at, value in values.items() if value is not None}
+        right.plot(list(read), list(read.values()), color=colours[name], marker="o", label=name)
+    right.set(xlabel="length in tokens", title="by length, as far as each can read", xscale="log")
+    right.set_xticks(list(by_length["source"]), labels=list(by_length["source"]))
+    right.set_xticks([], minor=True)
     for axes in (left, right):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -57,11 +57,11 @@ def convert(
         AlibiError: its subclasses, about the source, the target folder, or the disk; nothing is left behind then.
     """
     out = Path(output).expanduser()
-    written = WriteOptions(dtype, max_shard_size, overwrite, resume, workers, allow_nonfinite, progress)
+    write_options = WriteOptions(dtype, max_shard_size, overwrite, resume, workers, allow_nonfinite, progress)
     checkpoint = Checkpoint.open(source, revision, allow_pickle, alibi_rounding=alibi_rounding)
     if verify:
         _check_device(device)  # before anything is written
-    with writing(checkpoint, out, written) as made:
+    with writing(checkpoint, out, write_options) as made:
         conversion = record(checkpoint, out, made.files, command, made.threads)
         write_card(checkpoint, conversion, made.folder)
         conversion.save(made.folder)

@@ -57,9 +57,17 @@ FIELDS = (
     Field(("eos_token_id",), TOKEN_IDS, default=2, to="eos_token_id"),
 )
 TENSORS = ("self_attn.q_proj.weight", "mlp.gate_proj.weight")
-ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
+ROTARY = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "rope_interleaved",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
 INERT = {
     **dict.fromkeys(ROTARY, DROPPED),
+    **dict.fromkeys(["is_llama_config", "transformers.js_config"], "describes the file, not the computation"),
     "pretraining_tp": "splits matrix products, which changes nothing but rounding",
 }
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import alibi_hf
 from alibi_hf import AlibiError, AlibiForCausalLM, ConfigFieldError, TensorError, UnknownFamilyError, retrofit
 from alibi_hf.families import OTHER_POSITIONS
-from alibi_hf.retrofitting.retrofit import LAYOUTS
+from alibi_hf.retrofitting.retrofit import LAYOUTS, find_layout
 from tests import builders
 from tests.retrofitting.sources import SOURCES
 
@@ -133,6 +133,45 @@ def test_pickles_only_when_allowed(tmp_path):
     with pytest.raises(AlibiError, match=r"allow-pickle"):
         retrofit(source, tmp_path / "out")
     assert len(retrofit(source, tmp_path / "out", allow_pickle=True).checks) == 2
+
+
+# Fields beyond the usual ones that published config.json files hold.
+PUBLISHED = {
+    "gpt2": {"model_type": "gpt2", "n_ctx": 1024, "summary_type": "cls_index", "task_specific_params": {}},
+    "distilgpt2": {"model_type": "gpt2", "n_layer": 6, "_num_labels": 1, "id2label": {"0": "LABEL_0"}},
+    "gpt2-medium": {"model_type": "gpt2", "n_special": 0, "predict_special_tokens": True, "n_embd": 1024, "n_head": 16},
+    "Llama-2": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16"},
+    "Llama-3.1": {
+        "model_type": "llama",
+        "eos_token_id": [128001, 128008, 128009],
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "SmolLM2": {
+        "model_type": "llama",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {},
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "Mistral-7B-v0.3": {"model_type": "mistral", "sliding_window": None, "head_dim": None, "rope_theta": 1000000.0},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_they_are_published_are_understood(name):
+    raw = PUBLISHED[name]
+    found = find_layout(raw)
+    assert found.config(raw).retrofitted_from == raw["model_type"]
+    assert len(found.notes(raw)) == 1
 
 
 REFUSED = {

@@ -241,7 +241,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     """Run everything, print what came out, and return the exit status."""
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments), description=(__doc__ or "").partition("\n")[0])
     parser.set_defaults(**DEFAULTS)
     script, arguments = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()

@@ -129,28 +129,6 @@ def test_pickle_and_deepcopy(case: str) -> None:
     assert outputs.past_key_values.get_seq_length() == 40
 
 
-def gradients(model: Any, feed: str) -> list[torch.Tensor]:
-    """Return the gradient of every parameter for a loss on all logits."""
-    model.zero_grad()
-    torch.cat(FEEDS[feed](model, TEXTS)).square().mean().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("feed", ["left", "packed_positions", "whole"])
-def test_gradient_checkpointing(case: str, feed: str, reentrant: bool) -> None:
-    model = build(case)
-    plain = gradients(model, feed)
-    model.train()  # there is no dropout: only checkpointing makes a difference
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    calls: list[int] = []
-    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    for found, truth in zip(gradients(model, feed), plain, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
-    assert len(calls) == 2 * (len(TEXTS) if feed == "whole" else 1)  # each forward is computed twice
-
-
 @torch.no_grad()
 def test_logits_to_keep(case: str) -> None:
     model, ids = build(case), TEXTS[0][None]

@@ -19,6 +19,7 @@ from alibi_hf import AlibiForCausalLM
 from alibi_hf.model import attention_alibi, flash_alibi
 from tests.model.cases import CASES, assert_close, build, check, config_of, documents
 from tests.model.feeding import FEEDS, flattened, pad
+from tests.model.training import TRAINING_FEEDS, check_gradients, enable_checkpointing
 from tests.references import flash_attn as stand_in
 
 FLASH = "flash_attention_2"
@@ -168,18 +169,25 @@ def inputs_of(kind: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} if kind == "plain" else {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", ["plain", "left", "interior", "packed"])
-def test_gradients(kind: str, package: Any) -> None:
-    given = inputs_of(kind)
-    counts = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("feed", [feed for feed in TRAINING_FEEDS if feed in FED])
+@pytest.mark.parametrize("case", ["six", "twelve_grouped"])
+def test_gradients(case: str, feed: str, dtype: torch.dtype, package: Any) -> None:
+    check_gradients(build(case, dtype, FLASH), FEEDS[feed], case, documents(23, 40))
 
-    def gradients(backend: str) -> list[torch.Tensor]:
-        model = build("twelve_grouped", torch.float64, backend)
-        loss = model(**given, use_cache=False).logits[counts].square().mean()
-        return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    for found, truth in zip(gradients(FLASH), gradients("eager"), strict=True):
-        assert_close(found, truth, 1e-10)
+@pytest.mark.parametrize("kind", ["reentrant", "not_reentrant"])
+@pytest.mark.parametrize("feed", ["no_cache", "left", "packed_positions_no_cache"])
+def test_gradients_with_activation_checkpointing(feed: str, kind: str, package: Any) -> None:
+    model = build("six", torch.float64, FLASH)
+    enable_checkpointing(model, kind)
+    check_gradients(model, FEEDS[feed], "six", documents(23, 40))
+
+
+def test_gradients_of_a_wrong_slope_fail_the_check(package: Any) -> None:
+    exchange(package, in_keywords(alibi_slopes=lambda slopes: 1.05 * slopes))
+    with pytest.raises(AssertionError):
+        check_gradients(build("six", torch.float32, FLASH), FEEDS["left"], "six", documents(23, 40))
 
 
 def test_gradients_through_a_static_cache(package: Any) -> None:

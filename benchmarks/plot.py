@@ -23,7 +23,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SystemExit('Drawing needs matplotlib: pip install "alibi-hf[plots]".') from error
-    drawings: dict[str, Callable[[Any, list[Row]], None]] = {"attention": _attention, "model": _model, "norms": _reach}
+    drawings: dict[str, Callable[[Any, list[Row]], None]] = {
+        "attention": _attention,
+        "model": _model,
+        "norms": _reach,
+        "training": _training,
+    }
     if report["benchmark"] not in drawings:
         raise ValueError(f"{report['benchmark']!r} results have no picture; only {', '.join(drawings)} have one.")
     figure = Figure(layout="constrained")
@@ -112,6 +117,25 @@ def _reach(figure: Any, rows: list[Row]) -> None:
         panel.set_xlabel("distance from the query, tokens", fontsize=8)
         share = sum(row["share"] for row in own) / len(own)
         panel.set_title(f"{checkpoint['checkpoint']}: {share:.0%} of all pairs read", fontsize=8)
+
+
+def _training(figure: Any, rows: list[Row]) -> None:
+    """Tokens a second and peak memory of a training step, a line of panels for each model and dtype."""
+    groups = _distinct(rows, "model", "dtype", "threads")
+    figure.set_size_inches(11, 3.2 * len(groups))
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    for group, (speed, memory) in zip(groups, panels, strict=True):
+        own = [row for row in rows if _matches(row, group)]
+        labels = [f"{row['contender']}, {row['way']}, {row['tokens']}" for row in own]
+        peaks = [(row["peak_bytes"] or 0) / 2**20 for row in own]
+        for panel, values in ((speed, [row["tokens_per_second"] for row in own]), (memory, peaks)):
+            panel.barh(
+                labels, values, color=["tab:gray" if row["contender"] == "upstream" else "tab:blue" for row in own]
+            )
+            panel.invert_yaxis()
+            panel.tick_params(labelsize=7)
+        speed.set_title(f"{_words(group)}: tokens a second", fontsize=9)
+        memory.set_title("peak memory of a step, MiB", fontsize=9)
 
 
 def _distinct(rows: list[Row], *keys: str) -> list[Row]:

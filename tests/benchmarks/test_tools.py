@@ -117,7 +117,12 @@ def test_pictures_are_drawn(tmp_path):
         for name, faster in (("upstream", 1.0), ("ours", 2.0), ("ours-dense", None))
     ]
     reach = [{"checkpoint": "a", "slope": slope, "window": 5 / slope, "share": 0.5, "tokens": 16} for slope in (0.5, 1)]
-    for benchmark, rows in (("attention", attention), ("model", model), ("norms", reach)):
+    training = [
+        row(model="bloom", way=way, tokens=8, contender="ours", tokens_per_second=9.0, peak_bytes=peak)
+        for way, peak in (("plain", 2**20), ("packed", None))
+    ]
+    drawn = {"attention": attention, "model": model, "norms": reach, "training": training}
+    for benchmark, rows in drawn.items():
         draw({"benchmark": benchmark, "results": rows, **about}, tmp_path / f"{benchmark}.png")
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="'other' results have no picture"):

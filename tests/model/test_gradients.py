@@ -106,9 +106,7 @@ def test_every_config(case: str, name: str) -> None:
 def test_a_wrong_slope_fails_the_check(feed: str, backend: str) -> None:
     wrong = build("six", torch.float32, backend, alibi_slopes=[1.05 * slope for slope in alibi_slopes(6)])
     check_gradients(build("six", torch.float32, backend), FEEDS[feed], "six", TEXTS)
-    with pytest.raises(AssertionError):
-        check_gradients(wrong, FEEDS[feed], "six", TEXTS)
-    true_loss, truth = expected_gradients("six", TEXTS)
+    _, truth = expected_gradients("six", TEXTS)
     with pytest.raises(AssertionError, match="of the largest value"):
         assert_gradients(gradients(wrong, loss_of(FEEDS[feed](wrong, TEXTS), TEXTS)), truth, BOUNDS[torch.float32])
 

@@ -165,7 +165,7 @@ def packed(texts: Sequence[torch.Tensor]) -> Batch:
     return dict(DataCollatorWithFlattening()([{"input_ids": text.tolist()} for text in texts]))
 
 
-def make_step(run: Run, recipe: Recipe, batch: Batch) -> Callable[[], torch.Tensor]:
+def make_step(run: Run, recipe: Recipe, batch: Batch) -> functools.partial[torch.Tensor]:
     """Load the model; return a call that trains it for a step and returns loss and norm of the gradients, `[2]`."""
     weights = torch.float32 if run.autocast else DTYPES[run.dtype]
     model = load_subject(run.family, recipe.contender, run.folder, weights, run.device).model.train()
@@ -250,12 +250,13 @@ def measure_peaks(run: Run, batches: dict[str, Batch], report: Report) -> dict[R
 
 
 def step_peaks(run: Run, recipes: list[tuple[Recipe, Batch]]) -> dict[Recipe, int | None]:
-    """Return by how many bytes memory rises in a step of each recipe, after a short one has loaded the kernels."""
+    """Return by how many bytes memory rises in a step of each recipe, once a short one has read the weights."""
     torch.set_num_threads(run.threads)
     peaks = {}
     for recipe, batch in recipes:
         call = make_step(run, recipe, batch)
-        make_step(run, recipe, {name: value[:, :16] for name, value in batch.items()})()
+        model, _, *more = call.args
+        step(model, {name: value[:, :16].to(run.device) for name, value in batch.items()}, *more)
         peaks[recipe] = peak_bytes(call, run.device)
     return peaks
 

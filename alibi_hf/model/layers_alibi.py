@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_alibi import ALL_ATTENTION_FUNCTIONS, check_attention, eager_attention_forward
 from .bias_alibi import Distances
 from .cache_alibi import find_key_norms
+from .positions_alibi import is_tracing
 
 
 def make_norm(config: Any, size: int | None = None) -> nn.Module:
@@ -20,6 +22,22 @@ def make_norm(config: Any, size: int | None = None) -> nn.Module:
     if config.norm_type == "rms_norm":
         return nn.RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return what autocast would make of the input of a product, so that several products share, and keep, one copy."""
+    device = hidden_states.device.type
+    if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device))
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """True for a linear layer that is a product and nothing else: no adapter, hook or wrapper, no sharded weight."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if type(layer) is not nn.Linear or any(hooks) or "forward" in vars(layer):  # accelerate replaces forward
+        return False
+    return type(layer.weight) in (torch.Tensor, nn.Parameter) and not hasattr(layer.weight, "ds_id")  # DeepSpeed ZeRO-3
 
 
 class AlibiMLP(nn.Module):
@@ -34,10 +52,20 @@ class AlibiMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map `[batch, tokens, hidden]` to the same shape."""
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        """Map `[batch, tokens, hidden]` to the same shape.
+
+        While training, the input of the last product is not kept for backward: it is as large as four hidden states,
+        and the activation alone, no product, makes it again.
+        """
+        hidden_states = cast_once(hidden_states)
+        up = self.up_proj(hidden_states)
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        if self.training and torch.is_grad_enabled() and not is_tracing() and is_plain_linear(self.down_proj):
+            return checkpoint(self._down, up, gate, use_reentrant=False, preserve_rng_state=False)
+        return self._down(up, gate)
+
+    def _down(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
 
 
 class AlibiAttention(nn.Module):
@@ -93,6 +121,7 @@ class AlibiAttention(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return query, key and value, `[batch, heads, tokens, head_dim]`; clamped, then normed, as in llm-foundry."""
+        hidden_states = cast_once(hidden_states)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if (clip := self.config.clip_qkv) is not None:
             query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))

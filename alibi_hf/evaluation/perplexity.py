@@ -25,12 +25,7 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int 
     Raises:
         AlibiError: where a window has no token to predict, or the text is shorter than one window.
     """
-    if length < 2:
-        raise AlibiError(f"a window of {length} tokens has nothing to predict; give lengths of at least 2.")
-    if len(tokens) < length:
-        raise AlibiError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {length}; give a shorter length."
-        )
+    check_lengths(tokens, [length])
     windows = tokens[: len(tokens) // length * length].view(-1, length).to(model.device)
     options = {"use_cache": False}
     if "skip_logits" in inspect.signature(model.forward).parameters:
@@ -47,4 +42,20 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int 
 
 def perplexity_by_length(model: Any, tokens: torch.Tensor, lengths: Sequence[int]) -> dict[int, float]:
     """Return the perplexity at each of `lengths`; the arguments and errors are those of [`perplexity`]."""
+    check_lengths(tokens, lengths)
     return {length: perplexity(model, tokens, length) for length in lengths}
+
+
+def check_lengths(tokens: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Refuse, before anything is computed, `lengths` that windows of the text `tokens` cannot have.
+
+    Raises:
+        AlibiError: as in [`perplexity`].
+    """
+    for length in lengths:
+        if length < 2:
+            raise AlibiError(f"a window of {length} tokens has nothing to predict; give lengths of at least 2.")
+        if len(tokens) < length:
+            raise AlibiError(
+                f"the text has {len(tokens)} tokens, fewer than one window of {length}; give a shorter length."
+            )

@@ -36,7 +36,7 @@ DEFAULTS = {
     "output_dir": "build/finetuned",
     "num_train_epochs": 0.25,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # below 1: a share of all steps, here and in the next
     "eval_steps": 0.25,

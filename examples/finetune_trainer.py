@@ -34,7 +34,7 @@ from texts import as_documents, as_stream, load_texts, sample_evenly
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = {
     "output_dir": "build/finetuned",
-    "num_train_epochs": 0.25,
+    "num_train_epochs": 0.5,
     "per_device_train_batch_size": 8,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
@@ -61,15 +61,17 @@ class ScriptArguments:
         metadata={"help": "Folder or Hub id of an ALiBi checkpoint of any family."},
     )
     text: str = field(
-        default="sotu",
-        metadata={"help": "sotu, a text file, a folder of .txt, a .jsonl/.csv/.parquet file, or a dataset's name."},
+        default="sotu-1945",
+        metadata={
+            "help": "sotu, sotu-YEAR (those since), a text file, a folder of .txt, a .jsonl/.csv/.parquet file, or a dataset's name."
+        },
     )
     column: str = field(default="text", metadata={"help": "Where a dataset keeps its text."})
     length: int = field(default=512, metadata={"help": "Tokens of a packed row; a longer document is cut in pieces."})
     eval_lengths: list[int] = field(
         default_factory=lambda: [256, 512, 1024], metadata={"help": "Lengths to measure perplexity at."}
     )
-    eval_tokens: int = field(default=16384, metadata={"help": "How many held-out tokens each evaluation reads."})
+    eval_tokens: int = field(default=8192, metadata={"help": "How many held-out tokens each evaluation reads."})
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; --bf16 computes in bfloat16 and keeps them in float32."}
     )

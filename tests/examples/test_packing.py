@@ -4,11 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.examples import finetuning
-from tests.model.cases import assert_close, build, documents, expected
-
-assert finetuning  # puts the examples on the path
 from packing import PackedCollator, pack
+from tests.model.cases import assert_close, build, documents, expected
 
 LENGTHS = (40, 5, 70, 12, 1, 33)
 LENGTH = 40  # past the cases' training length of 32

@@ -1,13 +1,9 @@
 """What the examples read: where from, what is held out, and what is refused."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 
 from texts import as_documents, as_stream, load_texts, sample_evenly
 

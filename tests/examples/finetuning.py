@@ -23,5 +23,5 @@ def write_text(folder: Path, documents: int = 12) -> Path:
 def write_checkpoint(folder: Path, **raw: object) -> Path:
     """A BLOOM checkpoint trained on 16 tokens, in upstream's layout, with a tokenizer and a generation config."""
     builders.bloom(folder, raw={"seq_length": 16, **raw})
-    (folder / "generation_config.json").write_text(json.dumps({"top_k": 7, "pad_token_id": 1}))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7, "pad_token_id": 1}))
     return builders.tokenizer(folder)

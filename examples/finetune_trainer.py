@@ -35,8 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = {
     "output_dir": "build/finetuned",
     "num_train_epochs": 0.5,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # below 1: a share of all steps, here and in the next
     "eval_steps": 0.25,
@@ -71,7 +71,7 @@ class ScriptArguments:
     eval_lengths: list[int] = field(
         default_factory=lambda: [256, 512, 1024], metadata={"help": "Lengths to measure perplexity at."}
     )
-    eval_tokens: int = field(default=8192, metadata={"help": "How many held-out tokens each evaluation reads."})
+    eval_tokens: int = field(default=4096, metadata={"help": "How many held-out tokens each evaluation reads."})
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; --bf16 computes in bfloat16 and keeps them in float32."}
     )

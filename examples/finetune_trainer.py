@@ -10,6 +10,7 @@ docstrings of Python's own library, for half an epoch: two to four minutes on tw
 documents is measured at each of `--eval_lengths`, before, while and after training. All arguments of
 `TrainingArguments` are accepted (`--help` lists them). `--output_dir` then holds weights, tokenizer and code: it loads
 with `trust_remote_code=True`. `python examples/plot_loss.py build/finetuned loss.png` draws the run.
+Needs the extra `train`: pip install 'alibi-hf[train]'.
 """
 
 from __future__ import annotations

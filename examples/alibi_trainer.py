@@ -92,7 +92,7 @@ def evaluations(state: TrainerState) -> dict[int, dict[int, float]]:
     for entry in state.log_history:
         values = {int(key.rpartition("_")[2]): value for key, value in entry.items() if f"_{PREFIX}" in key}
         if values:
-            found[entry["step"]] = values
+            found[entry["step"]] = dict(sorted(values.items()))  # a saved state sorts the names as text
     return found
 
 

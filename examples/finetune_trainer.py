@@ -6,7 +6,7 @@
     python examples/finetune_trainer.py --resume_from_checkpoint true      # after Ctrl-C, SIGTERM or a crash
 
 Without arguments it trains `checkpoints/sotu-bloom`, which knows speeches in pieces of 256 tokens, at 512 tokens on the
-docstrings of Python's own library, for half an epoch: two to four minutes on two quiet cores. Perplexity on held-out
+docstrings of Python's own library, for half an epoch, a few minutes on two cores. Perplexity on held-out
 documents is measured at each of `--eval_lengths`, before, while and after training. All arguments of
 `TrainingArguments` are accepted (`--help` lists them). `--output_dir` then holds weights, tokenizer and code: it loads
 with `trust_remote_code=True`. `python examples/plot_loss.py build/finetuned loss.png` draws the run.

@@ -1,6 +1,7 @@
 """Draw a run of Trainer: training and held-out loss, and perplexity by length.
 
-    python examples/plot_loss.py RUN_FOLDER PICTURE.png
+    python examples/finetune_trainer.py
+    python examples/plot_loss.py build/finetuned docs/finetune.png      # RUN_FOLDER PICTURE.png
 
 RUN_FOLDER holds the `trainer_state.json` that `finetune_trainer.py` leaves, or is a `checkpoint-N` of any Trainer.
 Needs matplotlib: pip install 'alibi-hf[plots]'.
@@ -19,19 +20,22 @@ from alibi_trainer import evaluations
 
 
 def draw(state: TrainerState, path: Path) -> None:
-    """Draw the log history of a run: loss on the left, perplexity by length on the right."""
+    """Draw the log history of a run: loss over steps, and perplexity over length."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, lengths = figure.subplots(1, 2)
     for key, name, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         entries = [entry for entry in state.log_history if key in entry]
         losses.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], style, label=name)
     losses.set_ylabel("loss, packed rows")
-    found = evaluations(state)
-    for length in next(iter(found.values()), {}):
-        lengths.plot(list(found), [values[length] for values in found.values()], "o-", label=f"{length:,} tokens")
+    for step, found in evaluations(state).items():
+        lengths.plot(list(found), list(found.values()), "o-", label=f"after {step} steps" if step else "before")
+        lengths.set_xscale("log", base=2)
+        lengths.set_xticks(list(found), [f"{length:,}" for length in found])
+    losses.set_xlabel("step")
+    lengths.set_xlabel("tokens read")
     lengths.set_ylabel("held-out perplexity")
+    lengths.set_yscale("log")
     for panel in (losses, lengths):
-        panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()

@@ -20,6 +20,7 @@ from transformers.trainer_jit_checkpoint import CheckpointManager
 import finetune_trainer
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.evaluation import perplexity
+from alibi_trainer import evaluations
 from tests.all_families import FAMILIES
 from tests.builders import tokenizer, write
 from tests.examples.finetuning import ROOT, TINY, write_checkpoint, write_text
@@ -265,6 +266,12 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(
     run(source, straight, status=2)
     assert "holds checkpoint-6 of an earlier run" in capsys.readouterr().err
     assert files == {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+
+
+def test_evaluations_are_read_from_a_log_history_by_length() -> None:
+    entry = {"eval_loss": 1.0, "eval_perplexity_1024": 3.0, "eval_perplexity_256": 4.0, "step": 7}
+    found = evaluations(TrainerState(log_history=[{"loss": 2.0, "step": 5}, entry]))
+    assert found == {7: {256: 4.0, 1024: 3.0}} and list(found[7]) == [256, 1024]
 
 
 def test_the_run_is_drawn(straight: Path, tmp_path: Path) -> None:

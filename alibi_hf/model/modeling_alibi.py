@@ -77,7 +77,8 @@ class AlibiModel(AlibiPreTrainedModel):
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds; no tokens; a mask shorter than cache and tokens;
-                documents packed in one row together with a cache; bounds of documents that do not fit the tokens.
+                documents packed in one row together with a cache; bounds of documents that do not fit the tokens; a
+                filled cache in training with activation checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -109,6 +110,8 @@ class AlibiModel(AlibiPreTrainedModel):
     ) -> tuple[Distances, Cache | None]:
         """Return the distances of this call and the cache to use; packed documents get none."""
         batch, queries, _ = embeds.shape
+        if self.gradient_checkpointing and self.training and past_key_values is not None:
+            self._refuse_dropped_keys(past_key_values)
         documents = find_documents(position_ids, attention_mask, batch, queries, past_key_values, kwargs)
         if use_cache and past_key_values is None and documents is None:
             past_key_values = make_cache(self.config)
@@ -118,6 +121,14 @@ class AlibiModel(AlibiPreTrainedModel):
         distances = make_distances(self.config, embeds, attention_mask, position_ids, documents, past_key_values, first)
         self._note_length(distances)
         return distances, past_key_values
+
+    def _refuse_dropped_keys(self, past_key_values: Cache) -> None:
+        """Transformers drops the cache in checkpointed layers, and with it the virtual tokens of prefix tuning."""
+        if held := int(past_key_values.get_seq_length()):
+            raise ValueError(
+                f"past_key_values hold {held} tokens, which activation checkpointing would drop; switch checkpointing "
+                "off (prefix tuning needs that), or pass no cache."
+            )
 
     def _note_length(self, distances: Distances) -> None:
         if not is_tracing() and isinstance(distances.offset, int):

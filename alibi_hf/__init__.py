@@ -1,7 +1,8 @@
 """ALiBi decoders for Transformers: load, convert, prove and run every published ALiBi checkpoint.
 
 Importing the package registers `AlibiConfig` and the models with Transformers' Auto classes, and lets
-`AlibiForCausalLM.from_pretrained` read folders in an upstream layout. Nothing else happens.
+`AlibiForCausalLM.from_pretrained` read folders in an upstream layout; where PEFT is installed, it learns which modules
+of these models to adapt. Nothing else happens.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from alibi_hf.adapters import register_target_modules
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.direct import install
@@ -66,6 +68,7 @@ def _register() -> None:
 
 _register()
 install()
+register_target_modules()
 
 __all__ = [
     "AlibiConfig",

@@ -1,0 +1,147 @@
+"""`examples/finetune_sft.py` on a tiny checkpoint and a file of conversations, and what it says to bad input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+pytest.importorskip("trl")
+
+from alibi_hf import AlibiForCausalLM
+from tests import builders
+
+ROOT = Path(__file__).resolve().parents[2]
+CHATS = [
+    [
+        {"role": "user", "content": f"What comes after {number}?"},
+        {"role": "assistant", "content": f" It is {number + 1}. "},
+    ]
+    for number in range(20)
+]
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The script and its sibling as modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return {name: importlib.import_module(name) for name in ("finetune_sft", "conversations")}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny BLOOM with a tokenizer of one token a character and no chat template."""
+    folder = builders.tokenizer(builders.bloom(tmp_path / "bloom"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token, tokenizer.chat_template = "~", None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+def write(path: Path, conversations: list[Any], column: str = "messages") -> Path:
+    """Write one conversation a line."""
+    path.write_text("".join(json.dumps({column: chat}) + "\n" for chat in conversations))
+    return path
+
+
+def arguments(model: Path, dataset: Path, output: Path) -> list[str]:
+    """Return a short run."""
+    given = ["--model", model, "--dataset", dataset, "--output_dir", output, "--max_length", 128, "--new_tokens", 4]
+    settings = ["--max_steps", 8, "--learning_rate", 0.01, "--disable_tqdm", "true", "--use_cpu", "true"]
+    return [str(value) for value in (*given, *settings)]
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_the_folder_works_without_the_package(
+    examples: dict[str, ModuleType], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    assert examples["finetune_sft"].main(arguments(model, write(tmp_path / "chats.jsonl", CHATS), output)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("18 conversations in ") and "of at most 128 tokens" in line for line in lines)
+    before, after = (float(line.split()[-2]) for line in lines if line.startswith(("before", "after 8 steps")))
+    assert after < 0.8 * before
+
+    saved = AlibiForCausalLM.from_pretrained(output)
+    assert saved.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template == examples["conversations"].CHAT_TEMPLATE
+    assert saved.get_input_embeddings().weight.shape[0] == builders.VOCAB  # no token was added
+
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, ROOT / "examples" / "generate_without_package.py", output, "70"]
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["loaded"].startswith("transformers_modules")
+
+
+def test_the_template_marks_answers_and_a_prompt_is_the_start_of_its_conversation(
+    examples: dict[str, ModuleType],
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "sotu-bloom")
+    tokenizer.chat_template = examples["conversations"].CHAT_TEMPLATE
+    chat = [{"role": "system", "content": "Be brief."}, *CHATS[3], *CHATS[4]]
+    whole = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    learned = [token for token, kept in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if kept]
+    assert tokenizer.decode(learned) == "It is 4.</s>It is 5.</s>"
+    for turns in (2, 4):
+        prompt = tokenizer.apply_chat_template(chat[:turns], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert whole["input_ids"][: len(prompt)] == prompt
+
+
+def test_the_speeches_give_conversations_and_hold_addresses_out_whole(examples: dict[str, ModuleType]) -> None:
+    train, held_out = examples["conversations"].load_conversations("sotu")
+    parts = [[row["messages"] for row in part] for part in (train, held_out)]
+    assert [len(part) for part in parts] == [5025, 515]
+    question, answer = parts[0][0]
+    assert question["content"].startswith("Continue the address of Washington in 1790: Among the many interesting")
+    assert answer == {"role": "assistant", "content": answer["content"]} and answer["content"].startswith("A free pe")
+    addresses = [{chat[0]["content"].partition(":")[0] for chat in part} for part in parts]
+    assert "Continue the address of Biden in 2022" in addresses[1] - addresses[0]
+    answers = [{chat[1]["content"] for chat in part} for part in parts]
+    assert len(answers[0] & answers[1]) <= 5  # customary phrases
+    longest = examples["conversations"].LONGEST
+    assert all(len(chat[1]["content"]) <= longest for part in parts for chat in part)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "column", "message"),
+    [
+        (CHATS, "chat", "has no column messages, only chat"),
+        ([*CHATS, [{"role": "user", "content": "Hello?"}]], "messages", "conversation 20 of"),
+        ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]] * 3, "messages", "conversation 0"),
+        (CHATS[:1], "messages", "holds 1 conversations"),
+    ],
+)
+def test_bad_conversations_are_one_line_and_exit_status_2(
+    conversations: list[Any],
+    column: str,
+    message: str,
+    examples: dict[str, ModuleType],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = write(tmp_path / "chats.jsonl", conversations, column)
+    assert examples["finetune_sft"].main(arguments(model, dataset, tmp_path / "output")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("finetune_sft.py: ") and message in line
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(
+    examples: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = builders.tokenizer(builders.bloom(tmp_path / "bloom"))
+    dataset = write(tmp_path / "chats.jsonl", CHATS)
+    assert examples["finetune_sft"].main(arguments(model, dataset, tmp_path / "output")) == 2
+    assert "has no eos_token" in capsys.readouterr().err

@@ -45,7 +45,7 @@ class AlibiTrainer(Trainer):
         check_lengths(eval_tokens, eval_lengths)
         self.eval_tokens, self.eval_lengths = eval_tokens, eval_lengths
         self.own_config = {name: getattr(model.config, name) for name in ("use_cache", "alibi_scaling")}
-        _set_scaling_aside(model.config, length)
+        set_scaling_aside(model.config, length)
         super().__init__(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class AlibiTrainer(Trainer):
                 setattr(config, name, value)
 
 
-def _set_scaling_aside(config: Any, length: int) -> None:
+def set_scaling_aside(config: Any, length: int) -> None:
     """Drop a scaling by the length of the call: a packed row is longer than its documents, which are not scaled."""
     limit = (config.alibi_scaling or {}).get("train_seq_len", math.inf)
     if length > limit:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 from alibi_hf import AlibiForCausalLM
+from alibi_trainer import set_scaling_aside
 from conversations import CHAT_TEMPLATE, Conversation, load_conversations
 
 DEFAULTS = {
@@ -63,11 +64,13 @@ class ScriptArguments:
     new_tokens: int = field(default=60, metadata={"help": "Of the sample answer that is printed."})
 
 
-def build_trainer(script: ScriptArguments, training: SFTConfig) -> tuple[SFTTrainer, Conversation]:
+def build_trainer(
+    model: AlibiForCausalLM, script: ScriptArguments, training: SFTConfig
+) -> tuple[SFTTrainer, Conversation]:
     """Return the trainer, and a held-out conversation to try the model on.
 
     Raises:
-        ValueError, OSError: a model or a data set that cannot be used.
+        ValueError, OSError: a tokenizer or a data set that cannot be used; scaling by length, where rows are longer.
     """
     train, held_out = load_conversations(script.dataset, script.column)
     held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), script.eval_conversations)))
@@ -76,8 +79,10 @@ def build_trainer(script: ScriptArguments, training: SFTConfig) -> tuple[SFTTrai
         raise ValueError(f"The tokenizer of {script.model} has no eos_token, so that no answer could end; set one.")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = max(tokenizer.model_max_length, training.max_length or 0)  # ALiBi has no ceiling
-    model = AlibiForCausalLM.from_pretrained(script.model, dtype=torch.float32)
+    length = training.max_length or 0
+    set_scaling_aside(model.config, length)
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, length)
+    tokenizer.model_max_length = max(tokenizer.model_max_length, length)
     trainer = SFTTrainer(model, training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
     return trainer, held_out[0]["messages"]
 
@@ -110,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(**DEFAULTS)
     script, training = parser.parse_args_into_dataclasses(arguments)
     try:
-        trainer, conversation = build_trainer(script, training)
+        model = AlibiForCausalLM.from_pretrained(script.model, dtype=torch.float32)
+        scaling = model.config.alibi_scaling
+        trainer, conversation = build_trainer(model, script, training)
     except (ValueError, OSError) as error:
         print(f"finetune_sft.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -119,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    trainer.model.config.use_cache = True  # Trainer turned it off
+    model.config.use_cache, model.config.alibi_scaling = True, scaling  # training had set them aside
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return 0

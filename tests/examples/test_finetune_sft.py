@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-pytest.importorskip("trl")
-
+import conversations
+import finetune_sft
 from alibi_hf import AlibiForCausalLM
 from tests import builders
+from tests.examples.finetuning import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHATS = [
     [
         {"role": "user", "content": f"What comes after {number}?"},
@@ -27,13 +25,6 @@ CHATS = [
     ]
     for number in range(20)
 ]
-
-
-@pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The script and its sibling as modules."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return {name: importlib.import_module(name) for name in ("finetune_sft", "conversations")}
 
 
 @pytest.fixture
@@ -47,9 +38,9 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def write(path: Path, conversations: list[Any], column: str = "messages") -> Path:
+def write(path: Path, chats: list[Any], column: str = "messages") -> Path:
     """Write one conversation a line."""
-    path.write_text("".join(json.dumps({column: chat}) + "\n" for chat in conversations))
+    path.write_text("".join(json.dumps({column: chat}) + "\n" for chat in chats))
     return path
 
 
@@ -60,12 +51,21 @@ def arguments(model: Path, dataset: Path, output: Path) -> list[str]:
     return [str(value) for value in (*given, *settings)]
 
 
+def test_scaling_by_length_is_in_the_saved_model_again(model: Path, tmp_path: Path) -> None:
+    loaded = AlibiForCausalLM.from_pretrained(model)
+    loaded.config.alibi_scaling = {"type": "linear", "train_seq_len": 200}
+    loaded.save_pretrained(model)
+    dataset, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "output"
+    assert finetune_sft.main([*arguments(model, dataset, output), "--max_steps", "1"]) == 0
+    assert AlibiForCausalLM.from_pretrained(output).config.alibi_scaling == loaded.config.alibi_scaling
+
+
 @pytest.mark.slow
 def test_the_loss_falls_and_the_folder_works_without_the_package(
-    examples: dict[str, ModuleType], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "output"
-    assert examples["finetune_sft"].main(arguments(model, write(tmp_path / "chats.jsonl", CHATS), output)) == 0
+    assert finetune_sft.main(arguments(model, write(tmp_path / "chats.jsonl", CHATS), output)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("18 conversations in ") and "of at most 128 tokens" in line for line in lines)
     before, after = (float(line.split()[-2]) for line in lines if line.startswith(("before", "after 8 steps")))
@@ -74,7 +74,7 @@ def test_the_loss_falls_and_the_folder_works_without_the_package(
     saved = AlibiForCausalLM.from_pretrained(output)
     assert saved.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(output)
-    assert tokenizer.chat_template == examples["conversations"].CHAT_TEMPLATE
+    assert tokenizer.chat_template == conversations.CHAT_TEMPLATE
     assert saved.get_input_embeddings().weight.shape[0] == builders.VOCAB  # no token was added
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -84,11 +84,9 @@ def test_the_loss_falls_and_the_folder_works_without_the_package(
     assert json.loads(done.stdout.splitlines()[-1])["loaded"].startswith("transformers_modules")
 
 
-def test_the_template_marks_answers_and_a_prompt_is_the_start_of_its_conversation(
-    examples: dict[str, ModuleType],
-) -> None:
+def test_the_template_marks_answers_and_a_prompt_is_the_start_of_its_conversation() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "sotu-bloom")
-    tokenizer.chat_template = examples["conversations"].CHAT_TEMPLATE
+    tokenizer.chat_template = conversations.CHAT_TEMPLATE
     chat = [{"role": "system", "content": "Be brief."}, *CHATS[3], *CHATS[4]]
     whole = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     learned = [token for token, kept in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if kept]
@@ -98,8 +96,8 @@ def test_the_template_marks_answers_and_a_prompt_is_the_start_of_its_conversatio
         assert whole["input_ids"][: len(prompt)] == prompt
 
 
-def test_the_speeches_give_conversations_and_hold_addresses_out_whole(examples: dict[str, ModuleType]) -> None:
-    train, held_out = examples["conversations"].load_conversations("sotu")
+def test_the_speeches_give_conversations_and_hold_addresses_out_whole() -> None:
+    train, held_out = conversations.load_conversations("sotu")
     parts = [[row["messages"] for row in part] for part in (train, held_out)]
     assert [len(part) for part in parts] == [5025, 515]
     question, answer = parts[0][0]
@@ -109,12 +107,12 @@ def test_the_speeches_give_conversations_and_hold_addresses_out_whole(examples: 
     assert "Continue the address of Biden in 2022" in addresses[1] - addresses[0]
     answers = [{chat[1]["content"] for chat in part} for part in parts]
     assert len(answers[0] & answers[1]) <= 5  # customary phrases
-    longest = examples["conversations"].LONGEST
+    longest = conversations.LONGEST
     assert all(len(chat[1]["content"]) <= longest for part in parts for chat in part)
 
 
 @pytest.mark.parametrize(
-    ("conversations", "column", "message"),
+    ("chats", "column", "message"),
     [
         (CHATS, "chat", "has no column messages, only chat"),
         ([*CHATS, [{"role": "user", "content": "Hello?"}]], "messages", "conversation 20 of"),
@@ -123,25 +121,29 @@ def test_the_speeches_give_conversations_and_hold_addresses_out_whole(examples: 
     ],
 )
 def test_bad_conversations_are_one_line_and_exit_status_2(
-    conversations: list[Any],
+    chats: list[Any],
     column: str,
     message: str,
-    examples: dict[str, ModuleType],
     model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dataset = write(tmp_path / "chats.jsonl", conversations, column)
-    assert examples["finetune_sft"].main(arguments(model, dataset, tmp_path / "output")) == 2
+    dataset = write(tmp_path / "chats.jsonl", chats, column)
+    assert finetune_sft.main(arguments(model, dataset, tmp_path / "output")) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("finetune_sft.py: ") and message in line
     assert not (tmp_path / "output").exists()
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(
-    examples: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_is_not_there_is_one_line_and_exit_status_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert finetune_sft.main(arguments(model, tmp_path / "none.jsonl", tmp_path / "output")) == 2
+    assert "none.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = builders.tokenizer(builders.bloom(tmp_path / "bloom"))
     dataset = write(tmp_path / "chats.jsonl", CHATS)
-    assert examples["finetune_sft"].main(arguments(model, dataset, tmp_path / "output")) == 2
+    assert finetune_sft.main(arguments(model, dataset, tmp_path / "output")) == 2
     assert "has no eos_token" in capsys.readouterr().err

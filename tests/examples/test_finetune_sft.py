@@ -117,6 +117,7 @@ def test_the_speeches_give_conversations_and_hold_addresses_out_whole() -> None:
         (CHATS, "chat", "has no column messages, only chat"),
         ([*CHATS, [{"role": "user", "content": "Hello?"}]], "messages", "conversation 20 of"),
         ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]] * 3, "messages", "conversation 0"),
+        (["What comes after 3?"] * 3, "messages", "conversation 0"),
         (CHATS[:1], "messages", "holds 1 conversations"),
     ],
 )

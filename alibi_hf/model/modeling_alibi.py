@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -279,7 +280,11 @@ class AlibiForSequenceClassification(AlibiPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Return logits `[batch, num_labels]`, and the loss where `labels` `[batch]` are given."""
+        """Return logits `[batch, num_labels]`, and the loss where `labels` are given.
+
+        Labels are `[batch]`, or `[batch, num_labels]` for several labels or numbers at once. The loss is their mean, or
+        with `num_items_in_batch`, as Trainer passes it when it accumulates gradients, their sum over that number.
+        """
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -294,7 +299,10 @@ class AlibiForSequenceClassification(AlibiPreTrainedModel):
         logits = self.score(outputs.last_hidden_state[rows, last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=None, pooled_logits=logits, labels=labels, config=self.config)
+            loss = self.loss_function(logits=None, pooled_logits=logits, labels=labels, config=self.config, **kwargs)
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * labels.numel() / items  # these losses are means over the rows of this call
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -346,7 +354,11 @@ class AlibiForTokenClassification(AlibiPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Return logits `[batch, tokens, num_labels]`, and the loss where `labels` `[batch, tokens]` are given."""
+        """Return logits `[batch, tokens, num_labels]`, and the loss where `labels` `[batch, tokens]` are given.
+
+        Labels of -100 are ignored. The loss is a mean, or with `num_items_in_batch`, as Trainer passes it when it
+        accumulates gradients, the sum over that number.
+        """
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -359,7 +371,7 @@ class AlibiForTokenClassification(AlibiPreTrainedModel):
         if labels is not None:
             check_label_shape(labels, outputs.last_hidden_state.shape[:2])
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        loss = self.loss_function(logits, labels, self.config, **kwargs) if labels is not None else None
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -409,6 +421,9 @@ class AlibiForQuestionAnswering(AlibiPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+
+# Trainer's label smoothing shifts labels for the classes of this table alone, which registering does not fill.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(AlibiConfig.model_type, AlibiForCausalLM.__name__)
 
 __all__ = [
     "AlibiForCausalLM",

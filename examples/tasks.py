@@ -59,11 +59,15 @@ def load_rows(task: str, source: str = "sotu", held_out: str | None = None) -> t
 def read_rows(task: str, source: str) -> list[Row]:
     """Read the rows of a file or a dataset, with the task's columns only; the errors are those of [`load_rows`]."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     path = Path(source)
     if path.exists() and path.suffix not in TABLES:
         raise ValueError(f"{source} is not a table of labelled rows; give a file that ends in {', '.join(TABLES)}.")
-    table = load_dataset(TABLES[path.suffix], data_files=source) if path.exists() else load_dataset(source)
+    try:
+        table = load_dataset(TABLES[path.suffix], data_files=source) if path.exists() else load_dataset(source)
+    except DatasetsError as error:  # its own text says only that something went wrong
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     rows, columns = table["train"], COLUMNS[task]
     missing = [column for column in columns if column not in rows.column_names]
     if missing:

@@ -28,6 +28,12 @@ SHIPPED = ROOT / "examples" / "checkpoints" / "sotu-bloom"
 QUESTION = {"question": "When?", "context": "It cost $5 in 1853.", "answers": {"text": ["1853"], "answer_start": [14]}}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches out of the user's folders."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def shipped() -> Any:
     return AutoTokenizer.from_pretrained(SHIPPED, padding_side="right")
@@ -218,6 +224,17 @@ BAD = {
         "ends at character 304 of the context, past what fits in 256 tokens; raise --length",
     ),
 }
+
+
+@pytest.mark.parametrize("content", ["{not json", None])
+def test_data_that_cannot_be_read_ends_with_one_line(content: str | None, tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "rows.jsonl"
+    if content:
+        data.write_text(content)
+    given = ["--task", "classification", "--data", str(data), "--output_dir", str(tmp_path / "output")]
+    assert finetune_heads.main(given) == 2
+    assert str(data) in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("name", BAD)

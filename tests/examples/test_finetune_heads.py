@@ -203,6 +203,20 @@ def test_whole_runs_load_and_answer_without_the_package(
     assert found[autos[0]]["pipe"] == ["early"]
 
 
+@pytest.mark.slow
+def test_the_padding_side_changes_no_figure(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = made_rows("question-answering")
+    for row in rows[::3]:
+        row["question"] = "???"  # rows of two lengths
+    data, tables = write_rows(tmp_path / "rows.jsonl", rows), []
+    for side in ("left", "right"):
+        given = ["--task", "question-answering", "--model", tiny, "--data", data, "--padding_side", side]
+        settings = ["--max_steps", "12", "--learning_rate", "3e-3", "--use_cpu", "true", "--disable_tqdm", "true"]
+        assert finetune_heads.main([*given, *settings, "--output_dir", str(tmp_path / side)]) == 0
+        tables.append(capsys.readouterr().out.splitlines()[-3:])
+    assert tables[0] == tables[1]
+
+
 BAD = {
     "no label column": ("classification", [{"text": "a"}, {"text": "b"}], "has the columns text; .* also needs label"),
     "an empty text": ("classification", [{"text": "", "label": "x"}] * 2, "Row 0 of .* has an empty text"),

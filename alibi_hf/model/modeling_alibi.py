@@ -86,19 +86,27 @@ class AlibiModel(AlibiPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not is_tracing() and hidden_states.numel() == 0:
             raise ValueError(f"The input has no tokens: its shape is {tuple(hidden_states.shape[:2])}.")
-        if self.config.embedding_scale is not None:
-            hidden_states = hidden_states * self.config.embedding_scale
-
         if kwargs.get("cache") is not None:
             distances = make_paged_distances(self.config, hidden_states, kwargs, attention_mask)
         else:
             distances, past_key_values = self._distances(
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, kwargs
             )
-        hidden_states = self.embed_dropout(self.embed_norm(hidden_states))
+        if self._first_layer() == 0:  # later pipeline stages are given what the stage before them computed
+            hidden_states = self._embed(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, distances=distances, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _first_layer(self) -> int:
+        """Return the index of the first layer that this pipeline stage holds; 0 where there are no stages."""
+        return next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
+
+    def _embed(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Scale, norm and drop out the embeddings `[batch, tokens, hidden]`."""
+        if self.config.embedding_scale is not None:
+            embeds = embeds * self.config.embedding_scale
+        return self.embed_dropout(self.embed_norm(embeds))
 
     def _distances(
         self,
@@ -118,8 +126,9 @@ class AlibiModel(AlibiPreTrainedModel):
             past_key_values = make_cache(self.config)
         elif use_cache and documents is not None and not is_tracing():
             logger.warning_once("Several documents are packed in one row: no past_key_values are returned for them.")
-        first = next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
-        distances = make_distances(self.config, embeds, attention_mask, position_ids, documents, past_key_values, first)
+        distances = make_distances(
+            self.config, embeds, attention_mask, position_ids, documents, past_key_values, self._first_layer()
+        )
         self._note_length(distances)
         return distances, past_key_values
 

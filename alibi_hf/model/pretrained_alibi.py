@@ -14,6 +14,22 @@ from .layers_alibi import AlibiAttention, AlibiDecoderLayer
 NEW_HEADS = ("lm_head.", "score.", "qa_outputs.")  # what fine-tuning may start from nothing
 
 
+def check_heads(config: AlibiConfig, tp_size: int) -> None:
+    """Raise ValueError where `tp_size` processes cannot each hold whole heads and all that their norms read."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if heads % tp_size or shared % tp_size:
+        sizes = [size for size in range(1, shared + 1) if heads % size == 0 == shared % size]
+        raise ValueError(
+            f"tp_size={tp_size} does not divide num_attention_heads={heads} and num_key_value_heads={shared}: each "
+            f"process needs whole heads. Use a tp_size of {sizes}, and FSDP (fsdp_size) over the other processes."
+        )
+    if tp_size > 1 and config.qk_norm == "full":
+        raise ValueError(
+            f"tp_size={tp_size} with qk_norm='full': its norm is over all {heads} heads together, and a process holds "
+            f"{heads // tp_size}. Use FSDP (fsdp_size={tp_size}) instead."
+        )
+
+
 class AlibiPreTrainedModel(PreTrainedModel):
     """What all ALiBi models share: loading, initialisation, and what they declare to Transformers."""
 
@@ -54,6 +70,17 @@ class AlibiPreTrainedModel(PreTrainedModel):
                 f"{sorted(trained)[0]}; its weights are incomplete, or config.json belongs to another checkpoint."
             )
         return (model, info) if wants_info else model
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Shard an empty model over processes, before its weights are read.
+
+        Raises:
+            ValueError: where tensor parallelism would cut a head apart, or normalise over heads of other processes.
+        """
+        if distributed_config is not None and distributed_config.tp_plan in (None, "auto"):
+            check_heads(model.config, distributed_config.tp_size or 1)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """Return the backend that runs; refuse what cannot compute this config's attention.

@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.distributed import DistributedConfig
 
 from alibi_hf.checkpoints.megatron import layer_files
+from alibi_hf.checkpoints.rules import Copy
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -52,6 +54,7 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
         )
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
     _refuse_quantising(checkpoint, kwargs)
+    _refuse_sharding(checkpoint, kwargs)
     config = _config(checkpoint, cls, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     with _LOADING:
@@ -101,6 +104,27 @@ def _refuse_quantising(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
         )
 
 
+def _refuse_sharding(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
+    """Under a tensor parallel or FSDP plan each process reads, and would rearrange, a slice of the tensor alone."""
+    moved = next(
+        (g.source for g in checkpoint.groups if g.fate == "used" and not isinstance(g.rule.operation, Copy)), None
+    )
+    if moved is not None and _shards(kwargs):
+        raise AlibiError(
+            f"{moved} of {checkpoint.source} is rearranged in loading, but with tensor parallelism or FSDP by "
+            f"distributed_config each process reads only a slice of it. Convert it first (alibi-hf convert), and load "
+            f"the converted folder."
+        )
+
+
+def _shards(kwargs: dict[str, Any]) -> bool:
+    """Whether Transformers' loader will slice tensors; not where it deals out whole layers (pp_size)."""
+    plan = kwargs.get("distributed_config")
+    plan = DistributedConfig.from_dict(plan) if isinstance(plan, dict) else plan
+    sizes = [getattr(plan, name, None) or 1 for name in ("tp_size", "fsdp_size", "dp_replicate_size")]
+    return max(sizes) > 1 or kwargs.get("tp_plan") is not None
+
+
 def _config(checkpoint: Checkpoint, cls: type[AlibiPreTrainedModel], kwargs: dict[str, Any]) -> AlibiConfig:
     """The checkpoint's config, or the caller's; fields of it are taken out of `kwargs` and set.
 
@@ -137,11 +161,19 @@ def _load(
         mapped.__name__, [conversion for conversion in conversions if conversion is not None], overwrite=True
     )
     model, info = mapped.from_pretrained(checkpoint.path, *args, config=config, output_loading_info=True, **kwargs)
-    model.__class__ = cls
+    model.__class__ = _unmapped(type(model), mapped, cls)
     model._weight_conversions = None  # so that saving writes our own layout
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = True  # MPT's files say false
     return model, info
+
+
+def _unmapped(found: type, mapped: type, cls: type) -> type:
+    """The class with `cls` in the place of `mapped`: FSDP has put a class of its own in front of it."""
+    if found is mapped:
+        return cls
+    bases = tuple(cls if base is mapped else base for base in found.__bases__)
+    return type(f"FSDP{cls.__name__}", bases, {"__module__": found.__module__})
 
 
 def _check(checkpoint: Checkpoint, cls: type, config: AlibiConfig, info: dict[str, Any]) -> None:

@@ -1,46 +1,80 @@
-"""One rank of `test_tensor_parallel.py`, under torchrun: compares a sharded model with what one process computed."""
+"""The processes of `test_sharded.py`: what a model that is sharded in loading computes."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 from alibi_hf import AlibiForCausalLM
+from alibi_hf.model.layers_alibi import AlibiAttention
+from tests.distributed.processes import fork
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that may be sharded as one tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def main(source: Path, backend: str) -> None:
-    """Load, run forward, backward and generate, and write what this rank found."""
+def load(folder: Path, sizes: dict[str, int], backend: str) -> Any:
+    """Return the model of `folder`, sharded over all processes."""
+    config = DistributedConfig(**sizes)
     model = AlibiForCausalLM.from_pretrained(
-        source,
-        distributed_config=DistributedConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 2),
-        dtype=torch.float64,
-        attn_implementation=backend,
-    ).eval()
-    given, heads = torch.load(source / "given.pt"), []
-    attention = model.model.layers[0].self_attn
-    attention.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0].shape[-1]))
-    outputs = model(given["ids"], attention_mask=given["mask"], labels=given["labels"], use_cache=False)
-    outputs.loss.backward()
-    gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    written = model.generate(given["ids"], attention_mask=given["mask"], **given["options"])
-    found = {
-        "logits": whole(outputs.logits).detach(),
-        "loss": whole(outputs.loss).detach(),
-        "gradients": gradients,
-        "written": written,
-        "width": heads[0],
-    }
-    torch.save(found, source / f"found{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        folder, distributed_config=config, dtype=torch.float64, attn_implementation=backend
+    )
+    return model.eval()
+
+
+def with_slopes_of_rank_0(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the logits of a model in which every process takes the slopes of the first heads."""
+    right = AlibiAttention.local_distances
+    AlibiAttention.local_distances = lambda self, distances, heads: distances.heads(0, heads)
+    try:
+        with torch.no_grad():
+            return whole(model(**inputs, use_cache=False).logits)
+    finally:
+        AlibiAttention.local_distances = right
+
+
+def compute(job: dict[str, Any]) -> dict[str, Any]:
+    """Run forward, backward and generate; the batch is that of this process's data-parallel rank."""
+    model = load(job["folder"], job["sizes"], job["backend"])
+    batch = job["batches"][dist.get_rank() // job["sizes"].get("tp_size", 1) % len(job["batches"])]
+    widths: list[int] = []
+    for module in model.modules():
+        if isinstance(module, AlibiAttention):
+            module.o_proj.register_forward_pre_hook(lambda _module, args: widths.append(args[0].shape[-1]))
+    outputs = model(**batch, use_cache=False)
+    found = {"logits": whole(outputs.logits), "width": widths[0], "batch": batch}
+    if outputs.loss is not None:  # Transformers' pipeline returns logits alone
+        outputs.loss.backward()
+        found["loss"] = whole(outputs.loss)
+        found["gradients"] = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    found["written"] = whole(model.generate(**job["prompt"], **job["options"]))
+    if job["sizes"].get("tp_size", 1) > 1:
+        found["wrong"] = with_slopes_of_rank_0(model, batch)
+    if "save" in job:
+        model.save_pretrained(job["save"])
+    return found
+
+
+def refusal(job: dict[str, Any]) -> str:
+    """Return the message with which loading fails."""
+    try:
+        load(job["folder"], job["sizes"], "sdpa")
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def work(folder: Path) -> None:
+    """Go through the jobs and write what this process found."""
+    jobs = torch.load(folder / "jobs.pt", weights_only=False)
+    found = {name: compute(job) if "batches" in job else refusal(job) for name, job in jobs.items()}
+    torch.save(found, folder / f"found{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    fork(int(sys.argv[1]), work, Path(sys.argv[2]))

@@ -28,7 +28,7 @@ def load(folder: Path, sizes: dict[str, int], backend: str) -> Any:
 
 
 def with_slopes_of_rank_0(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the logits of a model in which every process takes the slopes of the first heads."""
+    """Return the logits where every process takes the slopes of the first heads."""
     right = AlibiAttention.local_distances
     AlibiAttention.local_distances = lambda self, distances, heads: distances.heads(0, heads)
     try:
@@ -46,15 +46,20 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, AlibiAttention):
             module.o_proj.register_forward_pre_hook(lambda _module, args: widths.append(args[0].shape[-1]))
-    outputs = model(**batch, use_cache=False)
-    found = {"logits": whole(outputs.logits), "width": widths[0], "batch": batch}
-    if outputs.loss is not None:  # Transformers' pipeline returns logits alone
-        outputs.loss.backward()
-        found["loss"] = whole(outputs.loss)
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    found = {"logits": whole(logits), "width": widths[0], "batch": batch}
+    if "pp_size" not in job["sizes"]:  # Transformers' pipeline returns logits alone
+        counted = (labels[:, 1:] != -100).sum()
+        loss = model.train()(**batch, use_cache=False, num_items_in_batch=counted).loss  # as Trainer calls it
+        loss.backward()
+        found["loss"] = whole(loss)
         found["gradients"] = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+        model.eval()
     found["written"] = whole(model.generate(**job["prompt"], **job["options"]))
     if job["sizes"].get("tp_size", 1) > 1:
-        found["wrong"] = with_slopes_of_rank_0(model, batch)
+        found["wrong"] = with_slopes_of_rank_0(model, inputs)
     if "save" in job:
         model.save_pretrained(job["save"])
     return found

@@ -83,8 +83,7 @@ def check(job: dict[str, Any], found: dict[str, Any]) -> None:
     if size > 1:  # this comparison does notice slopes of other heads
         with pytest.raises(AssertionError, match="error"):
             assert_close(found["wrong"][counts], outputs.logits[counts], 1e-3)
-    if "loss" not in found:
-        assert "pp_size" in job["sizes"]
+    if "pp_size" in job["sizes"]:
         return
     torch.testing.assert_close(found["loss"], outputs.loss.detach(), rtol=1e-6, atol=0)  # a float32 loss
     loss = sum(model(**batch, use_cache=False).loss for batch in job["batches"]) / len(job["batches"])

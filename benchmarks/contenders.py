@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -89,7 +88,7 @@ def _own(problem: Problem) -> tuple[torch.Tensor, ...]:
 def _ours(implementation: str, window: bool, problem: Problem) -> Core:
     embeds = problem.query.new_empty(1, problem.length, 0)
     distances = make_distances(problem.config, embeds, None, None, None, None, 0)
-    distances = dataclasses.replace(distances, window=window)
+    distances = distances.replace(window=window)
     module: Any = SimpleNamespace(layer_idx=0)
     function = FUNCTIONS[implementation]
 

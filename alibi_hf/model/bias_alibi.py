@@ -172,8 +172,7 @@ class Distances:
         mask, row = self.custom_mask, self.row
         if mask is not None and mask.shape[1] != 1:
             mask = mask[:, start : start + count]
-        return dataclasses.replace(
-            self,
+        return self.replace(
             slopes=self.slopes[start : start + count],
             custom_mask=mask,
             row=None if row is None else row[:, start : start + count],
@@ -184,13 +183,16 @@ class Distances:
         """Return the same distances with every tensor on `device`; accelerate's device hooks call this."""
         if self.slopes.device == torch.device(device):
             return self
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
-            for name, value in values.items()
+            for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return dataclasses.replace(self, **moved, shared={}, _kept={})
+        return self.replace(**moved, shared={}, _kept={})
+
+    def replace(self, **changes: Any) -> Distances:
+        """Return a copy with some attributes changed; not `dataclasses.replace`, see below the class."""
+        return Distances(**{**vars(self), **changes})
 
     def bias(self, delta: torch.Tensor) -> torch.Tensor:
         """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`.
@@ -250,3 +252,7 @@ class Distances:
             same = self.query_document[:, start:stop, None] == self.key_document[:, None, :num_keys]
             visible = visible & same[:, None]
         return visible
+
+
+# FSDP's mixed precision casts the tensors inside every dataclass that a layer is given, and slopes are float32.
+del Distances.__dataclass_fields__

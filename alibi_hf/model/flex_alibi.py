@@ -13,7 +13,6 @@ Source of the interface: PyTorch, `torch.nn.attention.flex_attention`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -145,8 +144,7 @@ def _padded(distances: Distances, queries: int, keys: int) -> Distances:
         return None if tensor is None else F.pad(tensor.int(), (0, length - tensor.shape[-1]))
 
     index = distances.query_index
-    return dataclasses.replace(
-        distances,
+    return distances.replace(
         query_index=(index[:1] + torch.arange(queries, device=index.device)).int(),
         num_keys=keys,
         query_position=places(distances.query_position, queries),

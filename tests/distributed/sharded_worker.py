@@ -18,11 +18,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def load(folder: Path, sizes: dict[str, int], backend: str) -> Any:
-    """Return the model of `folder`, sharded over all processes."""
-    config = DistributedConfig(**sizes)
+def load(job: dict[str, Any]) -> Any:
+    """Return the model of a job, sharded over all processes."""
+    config = DistributedConfig(**job["sizes"], fsdp_mixed_precision="mixed" in job)
+    dtype = torch.float32 if "mixed" in job else torch.float64
+    backend = job.get("backend", "sdpa")
     model = AlibiForCausalLM.from_pretrained(
-        folder, distributed_config=config, dtype=torch.float64, attn_implementation=backend
+        job["folder"], distributed_config=config, dtype=dtype, attn_implementation=backend
     )
     return model.eval()
 
@@ -40,7 +42,7 @@ def with_slopes_of_rank_0(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 def compute(job: dict[str, Any]) -> dict[str, Any]:
     """Run forward, backward and generate; the batch is that of this process's data-parallel rank."""
-    model = load(job["folder"], job["sizes"], job["backend"])
+    model = load(job)
     batch = job["batches"][dist.get_rank() // job["sizes"].get("tp_size", 1) % len(job["batches"])]
     widths: list[int] = []
     for module in model.modules():
@@ -68,7 +70,7 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
 def refusal(job: dict[str, Any]) -> str:
     """Return the message with which loading fails."""
     try:
-        load(job["folder"], job["sizes"], "sdpa")
+        load(job)
     except ValueError as error:
         return str(error)
     return "loaded"

@@ -93,6 +93,14 @@ def check(job: dict[str, Any], found: dict[str, Any]) -> None:
             assert_close(found["gradients"][name], parameter.grad, 1e-5)
 
 
+def check_mixed(job: dict[str, Any], found: dict[str, Any]) -> None:
+    """Assert that FSDP's bfloat16 is that of a bfloat16 model: no slopes, which it would round, among what it casts."""
+    model = AlibiForCausalLM.from_pretrained(job["folder"], dtype=torch.bfloat16).eval()
+    inputs = {name: value for name, value in found["batch"].items() if name != "labels"}
+    assert found["logits"].dtype == torch.bfloat16
+    assert torch.equal(found["logits"], model(**inputs, use_cache=False).logits)
+
+
 @pytest.mark.slow
 @needs_gloo
 def test_two_processes(tmp_path: Path) -> None:
@@ -108,8 +116,9 @@ def test_two_processes(tmp_path: Path) -> None:
     jobs["upstream, fused"] = {"folder": bloom(tmp_path / "bloom"), "sizes": FSDP}
     jobs["upstream, renamed"] = make_job(tmp_path / "unused", *JOBS["weights"])
     jobs["upstream, renamed"]["folder"] = step1.write(tmp_path / "step1", groups=2)
-    every = launch(tmp_path, jobs, 2)
-    for found in every:
+    jobs["mixed"] = make_job(tmp_path / "mixed", "own_slopes", FSDP, "sdpa", "packed") | {"mixed": True}
+    for found in launch(tmp_path, jobs, 2):
+        check_mixed(jobs["mixed"], found.pop("mixed"))
         assert "tp_size=2 does not divide num_attention_heads=3" in found.pop("heads that do not divide")
         assert "num_key_value_heads=1" in found.pop("one key/value head")
         assert "qk_norm='full'" in found.pop("a norm over all heads")

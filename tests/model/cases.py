@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,4 +155,4 @@ def assert_close(found: torch.Tensor, truth: torch.Tensor, bound: float) -> None
 
 def windowed(distances: Distances, eps: float | None) -> Distances:
     """Return the distances with windows that may drop `eps` of a row; None: without windows."""
-    return dataclasses.replace(distances, window=eps is not None, window_eps=eps, shared={}, _kept={})
+    return distances.replace(window=eps is not None, window_eps=eps, shared={}, _kept={})

@@ -5,7 +5,6 @@ No kernel runs here except in the slow test. `flex_kernel` computes what the ker
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -226,7 +225,7 @@ def test_a_wrong_bias_fails(feed: str, kernel: None, monkeypatch: pytest.MonkeyP
     bias = flex_alibi._bias_mod
 
     def flipped(distances: Distances, *args: Any) -> Callable[..., torch.Tensor]:
-        return bias(dataclasses.replace(distances, slopes=distances.slopes.flip(0)), *args)
+        return bias(distances.replace(slopes=distances.slopes.flip(0)), *args)
 
     monkeypatch.setattr(flex_alibi, "_bias_mod", flipped)
     with pytest.raises(AssertionError, match="of the largest value"):

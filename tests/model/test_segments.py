@@ -1,6 +1,5 @@
 """Padding and packing cost the sum of the documents' squares and change no answer; a masked token reads nothing."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -251,8 +250,8 @@ def test_a_static_cache_ends_at_the_last_query() -> None:
 def test_where_documents_alone_do_not_decide() -> None:
     padded = distances_of([[0, 1, 1]])
     assert find_segments(padded, 1)
-    assert find_segments(dataclasses.replace(padded, custom_mask=torch.ones(1, 1, 3, 3)), 1) is None
-    assert find_segments(dataclasses.replace(padded, row=torch.zeros(1, 2, 3)), 1) is None
+    assert find_segments(padded.replace(custom_mask=torch.ones(1, 1, 3, 3)), 1) is None
+    assert find_segments(padded.replace(row=torch.zeros(1, 2, 3)), 1) is None
     assert find_segments(distances_of([[0, 1, 1]], first=2), 1) is None  # one query
     assert find_segments(Distances(padded.slopes, torch.arange(3), 3), 1) is None
 

@@ -1,5 +1,6 @@
 """The processes of `test_sharded.py`: what a model that is sharded in loading computes."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from transformers.distributed import DistributedConfig
 
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.model.layers_alibi import AlibiAttention
+from examples.sharding import distributed_config, save_whole
+from tests.distributed.accelerated import parse, use_cpus_as_devices
 from tests.distributed.processes import fork
+from tests.distributed.training import make_trainer, train
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,10 +80,22 @@ def refusal(job: dict[str, Any]) -> str:
     return "loaded"
 
 
+def course(job: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """Train after the config for tensor parallelism and FSDP, and save."""
+    use_cpus_as_devices()
+    os.environ.update(parse("tp_fsdp.yaml", *job["options"]))
+    sizes = distributed_config()
+    trainer = make_trainer(job["folder"], job["save"], sharing=2, distributed=sizes, save_strategy="no")
+    found = train(trainer)
+    save_whole(trainer)
+    return found
+
+
 def work(folder: Path) -> None:
     """Go through the jobs and write what this process found."""
+    kinds = {"compute": compute, "refuse": refusal, "train": course}
     jobs = torch.load(folder / "jobs.pt", weights_only=False)
-    found = {name: compute(job) if "batches" in job else refusal(job) for name, job in jobs.items()}
+    found = {name: kinds[job["kind"]](job) for name, job in jobs.items()}
     torch.save(found, folder / f"found{dist.get_rank()}.pt")
 
 

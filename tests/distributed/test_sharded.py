@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig
 from alibi_hf import AlibiForCausalLM
 from tests.builders import bloom
 from tests.distributed.processes import needs_gloo, run
+from tests.distributed.training import assert_same_course, assert_same_weights, make_trainer, train
 from tests.model.cases import assert_close, build, documents
 from tests.model.feeding import flattened, pad
 from tests.references import step1
@@ -53,6 +54,7 @@ def make_job(folder: Path, case: str, sizes: dict[str, int], backend: str, kind:
     build(case, torch.float64, backend, vocab_size=62).save_pretrained(folder)  # even, for Transformers before 5.23
     ids, mask = pad(documents(20, 33), "left")
     return {
+        "kind": "compute",
         "folder": folder,
         "sizes": sizes,
         "backend": backend,
@@ -85,7 +87,7 @@ def check(job: dict[str, Any], found: dict[str, Any]) -> None:
             assert_close(found["wrong"][counts], outputs.logits[counts], 1e-3)
     if "pp_size" in job["sizes"]:
         return
-    torch.testing.assert_close(found["loss"], outputs.loss.detach(), rtol=1e-6, atol=0)  # a float32 loss
+    torch.testing.assert_close(found["loss"].float(), outputs.loss.detach(), rtol=1e-6, atol=0)
     loss = sum(model(**batch, use_cache=False).loss for batch in job["batches"]) / len(job["batches"])
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -112,8 +114,8 @@ def test_two_processes(tmp_path: Path) -> None:
     }
     for name, fields in refused.items():
         build("six", **fields).save_pretrained(tmp_path / name)
-        jobs[name] = {"folder": tmp_path / name, "sizes": TENSOR_PARALLEL}
-    jobs["upstream, fused"] = {"folder": bloom(tmp_path / "bloom"), "sizes": FSDP}
+        jobs[name] = {"kind": "refuse", "folder": tmp_path / name, "sizes": TENSOR_PARALLEL}
+    jobs["upstream, fused"] = {"kind": "refuse", "folder": bloom(tmp_path / "bloom"), "sizes": FSDP}
     jobs["upstream, renamed"] = make_job(tmp_path / "unused", *JOBS["weights"])
     jobs["upstream, renamed"]["folder"] = step1.write(tmp_path / "step1", groups=2)
     jobs["mixed"] = make_job(tmp_path / "mixed", "own_slopes", FSDP, "sdpa", "packed") | {"mixed": True}
@@ -131,9 +133,15 @@ def test_two_processes(tmp_path: Path) -> None:
 @needs_gloo
 @pytest.mark.skipif(not MESHES, reason="this version of Transformers shards in one way at a time")
 def test_four_processes_in_a_mesh(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "whole", "twelve_grouped", TENSOR_PARALLEL | FSDP, "sdpa", "packed")
-    job["save"] = tmp_path / "saved"
-    for found in launch(tmp_path, {"mesh": job}, 4):
-        check(job, found["mesh"])
-    one, other = (AlibiForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("whole", "saved"))
-    assert torch.equal(one(**job["prompt"]).logits, other(**job["prompt"]).logits)
+    mesh = make_job(tmp_path / "mesh", "twelve_grouped", TENSOR_PARALLEL | FSDP, "sdpa", "packed")
+    build("six", torch.float32, vocab_size=62).save_pretrained(tmp_path / "source")
+    options = ("--num_processes", "4", "--num_machines", "1", "--mixed_precision", "no")
+    options += ("--parallelism_config_tp_size", "2")
+    training = {"kind": "train", "folder": tmp_path / "source", "options": options, "save": tmp_path / "saved"}
+    every = launch(tmp_path, {"mesh": mesh, "training": training}, 4)
+    trainer = make_trainer(tmp_path / "source", tmp_path / "one", sharing=1, save_strategy="no")
+    expected = train(trainer)
+    for found in every:
+        check(mesh, found["mesh"])
+        assert_same_course(found["training"], expected)
+    assert_same_weights(tmp_path / "saved", trainer.model)

@@ -84,7 +84,7 @@ def course(job: dict[str, Any]) -> list[tuple[int, float, float]]:
     """Train after the config for tensor parallelism and FSDP, and save."""
     use_cpus_as_devices()
     os.environ.update(parse("tp_fsdp.yaml", *job["options"]))
-    sizes = distributed_config()
+    sizes = distributed_config(job["folder"])
     trainer = make_trainer(job["folder"], job["save"], sharing=2, distributed=sizes, save_strategy="no")
     found = train(trainer)
     save_whole(trainer)

@@ -13,6 +13,7 @@ import torch
 from transformers.distributed import DistributedConfig
 
 from alibi_hf import AlibiForCausalLM
+from examples.sharding import untie
 from tests.builders import bloom
 from tests.distributed.processes import needs_gloo, run
 from tests.distributed.training import assert_same_course, assert_same_weights, make_trainer, train
@@ -134,7 +135,8 @@ def test_two_processes(tmp_path: Path) -> None:
 @pytest.mark.skipif(not MESHES, reason="this version of Transformers shards in one way at a time")
 def test_four_processes_in_a_mesh(tmp_path: Path) -> None:
     mesh = make_job(tmp_path / "mesh", "twelve_grouped", TENSOR_PARALLEL | FSDP, "sdpa", "packed")
-    build("six", torch.float32, vocab_size=62).save_pretrained(tmp_path / "source")
+    build("six", torch.float32, vocab_size=62).save_pretrained(tmp_path / "tied")
+    untie(tmp_path / "tied", tmp_path / "source")
     options = ("--num_processes", "4", "--num_machines", "1", "--mixed_precision", "no")
     options += ("--parallelism_config_tp_size", "2")
     training = {"kind": "train", "folder": tmp_path / "source", "options": options, "save": tmp_path / "saved"}

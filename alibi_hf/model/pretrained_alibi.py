@@ -82,6 +82,12 @@ class AlibiPreTrainedModel(PreTrainedModel):
             check_heads(model.config, distributed_config.tp_size or 1)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as ever, with the code files of this model: FSDP makes its class one of torch's, with torch's files."""
+        own = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
+        self.__module__ = own.__module__  # where Transformers looks for them
+        super().save_pretrained(*args, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """Return the backend that runs; refuse what cannot compute this config's attention.
 

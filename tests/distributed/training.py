@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
+import alibi_hf
 from alibi_hf import AlibiForCausalLM
 from tests.model.cases import documents
 
+CODE = {path.name for path in Path(alibi_hf.__file__).parent.joinpath("model").glob("*_alibi.py")}
 BATCH = 8  # documents a step, in two micro-batches
 STEPS = 4  # a checkpoint after every second
 SETTINGS: dict[str, Any] = {
@@ -59,5 +61,6 @@ def assert_same_course(found: list[tuple[int, float, float]], expected: list[tup
 def assert_same_weights(folder: Path, model: Any) -> None:
     """Assert that a folder, loaded by its own code, holds the weights of a model, to what Adam makes of rounding."""
     saved = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert {path.name for path in folder.glob("*.py")} == CODE
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(saved.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)

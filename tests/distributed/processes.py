@@ -22,7 +22,8 @@ needs_gloo = pytest.mark.skipif(
 
 def run(*command: str | Path) -> str:
     """Run Python with `command`, one thread a process; assert that it ends well and return what it printed."""
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-9000:]
     return done.stdout

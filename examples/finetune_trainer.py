@@ -31,6 +31,7 @@ from alibi_hf.evaluation import check_lengths
 from alibi_trainer import AlibiTrainer, evaluations, print_table
 from packing import PackedCollator, pack
 from resuming import checkpoint_to_resume, saving_on_interrupt
+from sharding import distributed_config, save_whole
 from texts import as_documents, as_stream, load_texts, sample_evenly
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -94,7 +95,8 @@ def load_model(script: ScriptArguments) -> AlibiForCausalLM:
     """
     if script.dtype not in DTYPES:
         raise ValueError(f"--dtype {script.dtype} is none of {', '.join(DTYPES)}.")
-    return AlibiForCausalLM.from_pretrained(script.model, dtype=getattr(torch, script.dtype))
+    dtype, sharded = getattr(torch, script.dtype), distributed_config(script.model)
+    return AlibiForCausalLM.from_pretrained(script.model, dtype=dtype, distributed_config=sharded)
 
 
 def load_data(script: ScriptArguments, tokenizer: Any) -> Data:
@@ -143,7 +145,7 @@ def train(trainer: AlibiTrainer, checkpoint: str | None = None) -> bool:
         return False
     if trainer.state.global_step not in evaluations(trainer.state):
         trainer.evaluate()
-    trainer.save_model()
+    save_whole(trainer)
     trainer.save_state()
     return True
 

@@ -34,8 +34,10 @@ def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """True for a linear layer that is a product and nothing else: no adapter, hook or wrapper, no sharded weight."""
+    if type(layer) is not nn.Linear:
+        return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if type(layer) is not nn.Linear or any(hooks) or "forward" in vars(layer):  # accelerate replaces forward
+    if any(hooks) or "forward" in vars(layer):  # accelerate replaces forward
         return False
     return type(layer.weight) in (torch.Tensor, nn.Parameter) and not hasattr(layer.weight, "ds_id")  # DeepSpeed ZeRO-3
 

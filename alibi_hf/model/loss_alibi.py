@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from .layers_alibi import is_plain_linear
 from .positions_alibi import is_tracing
 
 logger = logging.get_logger(__name__)
@@ -86,14 +86,10 @@ def can_chunk(head: Any, hidden_states: torch.Tensor, loss_function: Any) -> boo
     Hooks, wrappers (LoRA, quantised and sharded heads, offloading) and other loss functions want the head to be called;
     a compiler fuses the ordinary path by itself.
     """
-    if type(head) is not nn.Linear or loss_function is not ForCausalLMLoss or is_tracing():
+    if loss_function is not ForCausalLMLoss or is_tracing() or not is_plain_linear(head):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    weight = head.weight
-    whole = type(weight) in (torch.Tensor, nn.Parameter) and not hasattr(weight, "ds_id")  # ds_id: DeepSpeed ZeRO-3
-    called = any(hooks) or "forward" in vars(head)  # accelerate replaces forward on the instance
-    plain = type(hidden_states) is torch.Tensor and hidden_states.device == weight.device
-    return whole and plain and not called and head.bias is None
+    plain = type(hidden_states) is torch.Tensor and hidden_states.device == head.weight.device
+    return plain and head.bias is None
 
 
 def check_labels(

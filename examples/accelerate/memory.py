@@ -80,10 +80,11 @@ def count(config: AlibiConfig) -> Sizes:
 def layer_elements(config: AlibiConfig, tensor: int = 1) -> float:
     """Return how many numbers a layer keeps for backward, a token: those of heads and MLP are shared by `tensor` GPUs.
 
-    Inputs and outputs of both norms; query, key, value, and the output of attention twice; the MLP's inner states.
+    Inputs and outputs of both norms; query, key, value, and the output of attention twice; the MLP's inner states, of
+    which only the inputs of the activation are kept where the weight of the last product is not sharded by heads.
     """
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    inner = (4 if config.mlp_type == "gated" else 2) * config.intermediate_size
+    inner = (2 if config.mlp_type == "gated" else 1) * (2 if tensor > 1 else 1) * config.intermediate_size
     return 4 * config.hidden_size + (3 * queries + 2 * keys + inner) / tensor
 
 

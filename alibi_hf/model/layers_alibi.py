@@ -32,9 +32,9 @@ def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.to(torch.get_autocast_dtype(device))
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """True for a linear layer that is a product and nothing else: no adapter, hook or wrapper, no sharded weight."""
-    if type(layer) is not nn.Linear:
+def is_plain_linear(layer: nn.Module, kind: type = nn.Linear) -> bool:
+    """True for a layer of this very `kind` with no hook or wrapper around it, and whose weight is not sharded."""
+    if type(layer) is not kind:
         return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     if any(hooks) or "forward" in vars(layer):  # accelerate replaces forward

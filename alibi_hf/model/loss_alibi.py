@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -80,16 +81,39 @@ def chunked_loss(
     return total / num_items_in_batch
 
 
-def can_chunk(head: Any, hidden_states: torch.Tensor, loss_function: Any) -> bool:
-    """True where [`chunked_loss`] computes what the head and the loss function would: nothing was put around either.
+class AlibiHead(nn.Linear):
+    """The language modelling head: logits, or with labels the loss alone, which [`chunked_loss`] computes."""
 
-    Hooks, wrappers (LoRA, quantised and sharded heads, offloading) and other loss functions want the head to be called;
-    a compiler fuses the ordinary path by itself.
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """Return logits `[batch, tokens, vocab]` of hidden states, or the loss; `options` are [`chunked_loss`]'s."""
+        return super().forward(input) if labels is None else chunked_loss(input, self.weight, labels, **options)
+
+
+def can_chunk(head: Any, hidden_states: torch.Tensor, loss_function: Any) -> bool:
+    """True where [`AlibiHead`] computes in chunks what head and loss function would: nothing was put around either.
+
+    Hooks, wrappers (LoRA, quantised heads, tensor parallelism, offloading) and other loss functions want logits; a
+    compiler fuses the ordinary path by itself. FSDP2 and ZeRO-3 gather the weight around the head's forward.
     """
-    if loss_function is not ForCausalLMLoss or is_tracing() or not is_plain_linear(head):
+    if loss_function is not ForCausalLMLoss or is_tracing() or not isinstance(head, AlibiHead):
         return False
-    plain = type(hidden_states) is torch.Tensor and hidden_states.device == head.weight.device
-    return plain and head.bias is None
+    if getattr(head, "bias", None) is not None or type(hidden_states) is not torch.Tensor:
+        return False
+    if gathers_weight(head) and "forward" not in vars(head):  # tensor parallelism and accelerate replace it
+        return True
+    return is_plain_linear(head, AlibiHead) and hidden_states.device == head.weight.device
+
+
+def gathers_weight(head: Any) -> bool:
+    """True where an engine, and nobody else, has put hooks around the head's forward that gather its weight."""
+    if hasattr(head.weight, "ds_id"):  # DeepSpeed ZeRO-3
+        return True
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = isinstance(head, FSDPModule)
+    return sharded and len(head._forward_pre_hooks) == len(head._forward_hooks) == 1
 
 
 def check_labels(

@@ -31,7 +31,7 @@ from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
 from .dense_alibi import soft_cap
 from .layers_alibi import AlibiDecoderLayer, make_norm
-from .loss_alibi import can_chunk, check_label_shape, check_labels, chunked_loss
+from .loss_alibi import AlibiHead, can_chunk, check_label_shape, check_labels
 from .positions_alibi import find_documents, is_tracing, make_distances, make_paged_distances
 from .pretrained_alibi import AlibiPreTrainedModel
 
@@ -161,8 +161,14 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AlibiModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = AlibiHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the head; a plain linear layer, such as resizing the vocabulary makes, becomes one of our kind."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = AlibiHead
+        super().set_output_embeddings(new_embeddings)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -218,8 +224,8 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         `skip_logits=True` returns the loss alone, logits None, and computes it chunk by chunk of tokens: the memory of
         all logits is not needed (see [`chunked_loss`]). None, the default, means True in a training step of `Trainer`,
         which reads no logits there: in training mode, with labels, gradients and `num_items_in_batch`. Where the head
-        is wrapped, hooked, quantised or sharded, `loss_function` is one's own, or a compiler traces, logits are None
-        too, but the loss is computed from all of them.
+        is wrapped, hooked, quantised or split by tensor parallelism, `loss_function` is one's own, or a compiler
+        traces, logits are None too, but the loss is computed from all of them.
 
         Raises:
             ValueError: labels of another shape than the tokens; a label outside the vocabulary (where labels are on
@@ -257,7 +263,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         if labels is not None:
             check_labels(labels, hidden_states.shape[:2], config.vocab_size, **kwargs)
             if skip_logits and can_chunk(head, hidden_states, self.loss_function):
-                return chunked_loss(hidden_states, head.weight, labels, logit_scale=scale, softcap=cap, **kwargs), None
+                return head(hidden_states, labels=labels, logit_scale=scale, softcap=cap, **kwargs), None
         logits = head(hidden_states)
         if scale is not None:
             logits = logits * scale

@@ -109,8 +109,8 @@ def activations(config: AlibiConfig, setup: Setup, tokens: int, checkpointing: b
 
 
 def loss(config: AlibiConfig, sizes: Sizes, setup: Setup, tokens: int) -> float:
-    """Return the bytes around the loss: in chunks on one GPU; all logits where the head's weight is gathered."""
-    if setup.gpus == 1:
+    """Return the bytes around the loss: in chunks, but of all logits where tensor parallelism shards the head."""
+    if setup.tensor == 1:
         return CHUNK + 4 * sizes.head  # with the gradient of the weight, which is summed in float32
     return LOGITS * tokens * config.vocab_size
 

@@ -81,7 +81,7 @@ def test_the_readme_holds_what_the_script_prints(capsys: pytest.CaptureFixture, 
     memory.main()
     printed = capsys.readouterr().out.strip()
     assert f"<!-- memory -->\n{printed}\n<!-- /memory -->" in README
-    for count, card in ((32, "2k"), (48, "8k")):  # the text below the tables
+    for count, card in ((40, "2k"), (48, "8k")):  # the text below the tables
         assert f"{count} ({card}" in README
 
 

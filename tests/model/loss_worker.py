@@ -11,30 +11,38 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from alibi_hf.model import modeling_alibi
+from alibi_hf.model import loss_alibi
 from tests.model.cases import build
 
 
 def learn(model: Any, given: dict[str, Any]) -> torch.Tensor:
     """Return this rank's part of the loss after backward; gradients are averaged over the ranks, so it is doubled."""
     row = slice(dist.get_rank(), dist.get_rank() + 1)
-    with patch.object(modeling_alibi, "chunked_loss", wraps=modeling_alibi.chunked_loss) as chunked:
+    with patch.object(loss_alibi, "chunked_loss", wraps=loss_alibi.chunked_loss) as chunked:
         outputs = model(given["ids"][row], labels=given["labels"][row], num_items_in_batch=given["items"] / 2)
     assert outputs.logits is None and chunked.call_count == 1
     outputs.loss.backward()
     return outputs.loss.detach()
 
 
+def shard(model: Any, head: bool = False) -> Any:
+    """Shard each layer by itself, the head too if asked, and the rest together."""
+    for part in [*model.model.layers, *([model.lm_head] if head else [])]:
+        fully_shard(part)
+    return fully_shard(model)
+
+
 def main(folder: Path) -> None:
     """Write the mean of the losses and the gradients under each engine."""
     dist.init_process_group("gloo")
     given, found = torch.load(folder / "given.pt"), {}
-    plain = build("six").train()
-    sharded = copy.deepcopy(plain)
-    for layer in sharded.model.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
-    for engine, model in {"DDP": DistributedDataParallel(plain), "FSDP2": sharded}.items():
+    plain = build("six", tie_word_embeddings=False).train()
+    engines = {
+        "FSDP2": shard(copy.deepcopy(plain)),
+        "FSDP2, head apart": shard(copy.deepcopy(plain), head=True),
+        "DDP": DistributedDataParallel(plain),
+    }
+    for engine, model in engines.items():
         loss = learn(model, given)
         dist.all_reduce(loss)
         gradients = {}

@@ -69,7 +69,7 @@ def test_trainer_takes_the_same_steps_without_logits(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """DDP and FSDP2, one row of the batch a process: losses and gradients of the whole batch, without logits."""
-    model, (ids, labels) = build("six").train(), batch()
+    model, (ids, labels) = build("six", tie_word_embeddings=False).train(), batch()
     items = int((labels[:, 1:] != -100).sum())
     loss = model(ids, labels=labels, num_items_in_batch=items, skip_logits=False).loss
     torch.save({"ids": ids, "labels": labels, "items": items}, tmp_path / "given.pt")
@@ -79,7 +79,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     truth = gradients(model, loss)
     found = torch.load(tmp_path / "found.pt")
-    for engine in ("DDP", "FSDP2"):
+    for engine in ("DDP", "FSDP2", "FSDP2, head apart"):
         torch.testing.assert_close(found[engine]["loss"], loss.detach().double(), rtol=1e-6, atol=0)
         for name, gradient in truth.items():
             assert_close(found[engine]["gradients"][name], gradient, 1e-6)
@@ -152,8 +152,10 @@ def test_heads_that_are_sharded_or_elsewhere_are_called() -> None:
     hidden = torch.zeros(1, 2, 48, dtype=torch.float64)
     assert can_chunk(model.lm_head, hidden, model.loss_function)
     assert not can_chunk(model.lm_head, hidden.to("meta"), model.loss_function)
-    model.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 puts on a partitioned weight
+    model.lm_head = nn.Linear(48, 61, bias=False, dtype=torch.float64)
     assert not can_chunk(model.lm_head, hidden, model.loss_function)
+    model.set_output_embeddings(model.lm_head)  # as resizing the vocabulary does
+    assert can_chunk(model.lm_head, hidden, model.loss_function)
 
 
 def test_lora_on_the_head_is_run() -> None:

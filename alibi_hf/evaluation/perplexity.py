@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 
 from alibi_hf.errors import AlibiError
 
+LARGEST = math.log(sys.float_info.max)  # the logarithm of a perplexity that a float holds
+
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int = 8192) -> float:
     """Return the perplexity of `model` on consecutive windows of `length` tokens; what is left over is not read.
+
+    Infinite where the mean loss is past about 709, as of a model whose training has diverged.
 
     Args:
         model: any causal language model of Transformers; it is evaluated without dropout and left as it was.
@@ -37,7 +42,8 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int 
         total = sum(float(model(input_ids=batch, labels=batch, **options).loss) * len(batch) for batch in batches)
     finally:
         model.train(was_training)
-    return math.exp(total / len(windows))
+    mean = total / len(windows)
+    return math.exp(mean) if mean < LARGEST or math.isnan(mean) else math.inf
 
 
 def perplexity_by_length(model: Any, tokens: torch.Tensor, lengths: Sequence[int]) -> dict[int, float]:

@@ -48,6 +48,14 @@ def test_even_odds_have_the_perplexity_of_the_vocabulary() -> None:
     assert perplexity(model, TEXT, 50) == pytest.approx(config_of("six").vocab_size, rel=1e-5)
 
 
+@pytest.mark.parametrize(("factor", "expected"), [(1e6, math.inf), (math.nan, math.nan)])
+def test_a_model_that_has_diverged_is_measured_too(factor: float, expected: float) -> None:
+    model = build("six")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    assert perplexity(model, TEXT, 50) == pytest.approx(expected, nan_ok=True)
+
+
 def test_any_model_of_transformers_is_read_within_its_positions() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=16, n_layer=1, n_head=2)).train()
     found = perplexity_by_length(model, TEXT, [16, 64])

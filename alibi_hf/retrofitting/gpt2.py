@@ -64,6 +64,7 @@ FIELDS = (
 )
 INERT = {
     "_num_labels": "the older name of num_labels, which id2label says too",
+    "output_past": "the older name of use_cache",
     "reorder_and_upcast_attn": "the same scores, in float32; here the softmax is in float32 anyway",
     **dict.fromkeys(
         ["n_ctx", "n_special", "predict_special_tokens"], "a setting of the first code that Transformers does not read"

@@ -68,6 +68,7 @@ ROTARY = (
 INERT = {
     **dict.fromkeys(ROTARY, DROPPED),
     **dict.fromkeys(["is_llama_config", "transformers.js_config"], "describes the file, not the computation"),
+    "max_sequence_length": "a setting of the first conversions that Transformers does not read",
     "pretraining_tp": "splits matrix products, which changes nothing but rounding",
 }
 

@@ -140,6 +140,8 @@ PUBLISHED = {
     "gpt2": {"model_type": "gpt2", "n_ctx": 1024, "summary_type": "cls_index", "task_specific_params": {}},
     "distilgpt2": {"model_type": "gpt2", "n_layer": 6, "_num_labels": 1, "id2label": {"0": "LABEL_0"}},
     "gpt2-medium": {"model_type": "gpt2", "n_special": 0, "predict_special_tokens": True, "n_embd": 1024, "n_head": 16},
+    "gpt2-xl": {"model_type": "gpt2", "n_ctx": 1024, "output_past": True, "n_embd": 1600, "n_head": 25},
+    "LLaMA": {"model_type": "llama", "max_sequence_length": 2048, "pad_token_id": -1},
     "Llama-2": {"model_type": "llama", "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16"},
     "Llama-3.1": {
         "model_type": "llama",

@@ -79,11 +79,11 @@ def retrofit(
     notes = layout.notes(checkpoint.raw)
     with writing(checkpoint, out, options) as made:
         unchecked = why_not(checkpoint) if check else "that was not asked for"
-        if unchecked:
-            notes.append(f"the weights were not checked: {unchecked}")
-        elif progress is not None:
+        if not unchecked and progress is not None:
             progress("checking the weights", 0, 0)
         checks = [] if unchecked else check_weights(checkpoint, made.folder, options.target or checkpoint.dtype)
+        if not checks:
+            notes.append(f"the weights were not checked: {unchecked or 'the logits of the source are not finite'}")
         report = _report(checkpoint, out, made, checks, notes, command)
         save_card(checkpoint, made.folder, "retrofitted with ALiBi", f"**{report.statement}**", FILE)
         report.save(made.folder)

@@ -59,6 +59,8 @@ def why_not(checkpoint: Checkpoint) -> str:
 def check_weights(checkpoint: Checkpoint, folder: Path, stored: torch.dtype) -> list[WeightCheck]:
     """Compare the logits of the source's class and of the model in `folder` on a short text.
 
+    Nothing is compared, and nothing returned, where the source's own logits are NaN or infinite.
+
     Args:
         checkpoint: the source.
         folder: where weights in this package's layout are.
@@ -71,6 +73,8 @@ def check_weights(checkpoint: Checkpoint, folder: Path, stored: torch.dtype) -> 
         ids = make_tokens(checkpoint.path, checkpoint.config.vocab_size).rows(1, TOKENS)
         biases = {WITHOUT: causal_bias(checkpoint, 0.0), WITH: causal_bias(checkpoint, 1.0)}
         theirs = _source_logits(checkpoint, ids, biases, stored)
+        if not all(logits.isfinite().all() for logits in theirs.values()):
+            return []
         ours = _our_logits(checkpoint, folder, ids)
     checks = [WeightCheck(name, TOKENS, _distance(ours[name], theirs[name])) for name in biases]
     for check in checks:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alibi_hf import AlibiForCausalLM, NotProvedError, retrofit
@@ -174,3 +175,14 @@ def test_where_memory_lacks_the_weights_are_not_checked_and_it_is_said(tmp_path,
     report = retrofit(SOURCES["gpt2"](tmp_path / "source"), tmp_path / "out")
     assert report.checks == [] and report.weights == "not checked"
     assert any("GiB are available" in note for note in report.notes)
+
+
+def test_weights_that_are_allowed_to_be_nan_are_written_and_nothing_is_compared(tmp_path):
+    source = SOURCES["llama"](tmp_path / "source")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, path)
+    report = retrofit(source, tmp_path / "out", allow_nonfinite=True)
+    assert report.weights == "not checked" and "the source are not finite" in report.notes[-1]
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"][0].isnan()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -80,16 +81,34 @@ class ScriptArguments:
 
 
 class Probe(TrainerCallback):
-    """Measures the perplexity on held-out text every `eval_steps` steps, and at the last."""
+    """Measures the perplexity on held-out text every `eval_steps` steps (below 1: a share), and at the last."""
 
     def __init__(self, tokens: torch.Tensor, length: int) -> None:
         self.tokens, self.length = tokens, length
         self.found: Figures = {}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
         """Measure where it is time to."""
-        if state.global_step % int(args.eval_steps) == 0 or state.global_step == state.max_steps:
+        if state.global_step % state.eval_steps == 0 or state.global_step == state.max_steps:
             self.found[state.global_step] = perplexity(model, self.tokens, self.length)
+
+
+def check(script: ScriptArguments, arguments: TrainingArguments) -> None:
+    """Refuse, before anything is trained, settings that would end the run later.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    least = {"length": 2, "longest": 1, "source_steps": 1}
+    given = {name: (getattr(script, name), smallest) for name, smallest in least.items()}
+    given["max_steps"] = (arguments.max_steps, 1)
+    for name, (value, smallest) in given.items():
+        if value < smallest:
+            raise ValueError(f"--{name} {value} is too small; give at least {smallest}.")
+    if not 0 < script.bias_max < math.inf:
+        raise ValueError(f"--bias_max {script.bias_max} must be positive and finite.")
+    if arguments.resume_from_checkpoint is not None:
+        raise ValueError("Two short runs are not resumed; start again without --resume_from_checkpoint.")
 
 
 def train(model: Any, tokens: torch.Tensor, length: int, arguments: TrainingArguments, *probes: Probe) -> None:
@@ -243,9 +262,10 @@ def main() -> int:
     """Run everything, print what came out, and return the exit status."""
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), description=(__doc__ or "").partition("\n")[0])
     parser.set_defaults(**DEFAULTS)
-    script, arguments = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()
     try:
+        script, arguments = parser.parse_args_into_dataclasses()
+        check(script, arguments)
         figures = run(script, arguments)
     except (AlibiError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -58,9 +58,10 @@ def test_a_llama_folder_is_retrofitted(run, tmp_path):
     config = LlamaConfig(vocab_size=4096, num_key_value_heads=1, head_dim=8, max_position_embeddings=32, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "llama")
-    status, printed, out = run(source=tmp_path / "llama", max_steps=4)
+    status, printed, out = run(source=tmp_path / "llama", max_steps=4, eval_steps=0.5)  # a share of all steps
     assert status == 0, printed.err
     assert "rotary positions" in printed.out
+    assert list(json.loads((out / "figures.json").read_text())["perplexity_by_step"]["source"]) == ["0", "2", "4"]
     assert json.loads((out / "figures.json").read_text())["perplexity_by_length"]["source"]["64"] is not None
 
 
@@ -70,6 +71,12 @@ def test_a_llama_folder_is_retrofitted(run, tmp_path):
         ({"source": TOKENIZER}, "has ALiBi already"),
         ({"text": "/no/such/text.txt"}, "/no/such/text.txt"),
         ({"held_out_tokens": 10}, "10 tokens are held out"),
+        ({"length": 1}, "--length 1 is too small"),
+        ({"longest": 0}, "--longest 0 is too small"),
+        ({"source_steps": 0}, "--source_steps 0 is too small"),
+        ({"max_steps": -1}, "--max_steps -1 is too small"),
+        ({"bias_max": 0}, "--bias_max 0.0 must be positive"),
+        ({"resume_from_checkpoint": "true"}, "not resumed"),
     ],
 )
 def test_bad_input_ends_with_one_line(run, options, words):

@@ -31,6 +31,7 @@ from transformers import (
 
 from alibi_hf import AlibiForQuestionAnswering, AlibiForSequenceClassification, AlibiForTokenClassification
 from encoding import AnswerCollator, encode, find_labels
+from resuming import checkpoint_to_resume
 from scores import FIGURES, baseline, choose, scorer
 from tasks import Row, load_rows
 
@@ -95,8 +96,8 @@ def prepare(script: ScriptArguments) -> Prepared:
     return Prepared(model, tokenizer, labels, rows, (train, held_out))
 
 
-def train(task: str, prepared: Prepared, training: TrainingArguments) -> tuple[dict, dict]:
-    """Train and save; return the held-out figures before and after."""
+def train(task: str, prepared: Prepared, training: TrainingArguments, checkpoint: str | None) -> tuple[dict, dict]:
+    """Train, from a checkpoint if there is one, and save; return the held-out figures before and after."""
     trainer = Trainer(
         prepared.model,
         training,
@@ -108,7 +109,7 @@ def train(task: str, prepared: Prepared, training: TrainingArguments) -> tuple[d
         preprocess_logits_for_metrics=choose,
     )
     before = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()
     trainer.save_model()
     return before, after
@@ -129,14 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and print the closing table; a bad input ends with one line and status 2."""
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), description=(__doc__ or "").partition("\n")[0])
     parser.set_defaults(**DEFAULTS)
-    script, training = parser.parse_args_into_dataclasses(arguments)
-    set_seed(training.seed)
     try:
+        script, training = parser.parse_args_into_dataclasses(arguments)
+        checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+        set_seed(training.seed)
         prepared = prepare(script)
     except (ValueError, OSError) as error:
         print(f"finetune_heads: {error}", file=sys.stderr)
         return 2
-    before, after = train(script.task, prepared, training)
+    before, after = train(script.task, prepared, training, checkpoint)
     print(report(script.task, len(prepared.rows[1]), before, after, baseline(script.task, *prepared.rows)))
     return 0
 

@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from alibi_hf import AlibiForCausalLM
 from alibi_trainer import set_scaling_aside
 from conversations import CHAT_TEMPLATE, Conversation, load_conversations
+from resuming import checkpoint_to_resume
 
 DEFAULTS = {
     "output_dir": "build/sft",
@@ -73,6 +74,8 @@ def build_trainer(
     Raises:
         ValueError, OSError: a tokenizer or a data set that cannot be used; scaling by length, where rows are longer.
     """
+    if script.eval_conversations < 1:
+        raise ValueError(f"--eval_conversations {script.eval_conversations} leaves none to measure the loss on.")
     train, held_out = load_conversations(script.dataset, script.column)
     held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), script.eval_conversations)))
     tokenizer = AutoTokenizer.from_pretrained(script.model)
@@ -85,7 +88,20 @@ def build_trainer(
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, length)
     tokenizer.model_max_length = max(tokenizer.model_max_length, length)
     trainer = SFTTrainer(model, training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    keep_learned(trainer)
     return trainer, held_out[0]["messages"]
+
+
+def keep_learned(trainer: SFTTrainer) -> None:
+    """Drop the rows without a token to learn, whose loss would count as 0: a long question fills a row of its own."""
+    for name in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, name)
+        kept = rows.filter(lambda labels: any(label != -100 for label in labels[1:]), input_columns="labels")
+        if len(kept) == 0:
+            raise ValueError(
+                f"No row of the {name} reaches an answer within --max_length {trainer.args.max_length}; raise it."
+            )
+        setattr(trainer, name, kept)
 
 
 def answer(trainer: SFTTrainer, conversation: Conversation, new_tokens: int) -> str:
@@ -114,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and return the exit status: 0 done, 2 bad input."""
     parser = HfArgumentParser((ScriptArguments, SFTConfig), description=__doc__.partition("\n")[0])
     parser.set_defaults(**DEFAULTS)
-    script, training = parser.parse_args_into_dataclasses(arguments)
     try:
+        script, training = parser.parse_args_into_dataclasses(arguments)
+        checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
         model = AlibiForCausalLM.from_pretrained(script.model, dtype=torch.float32)
         scaling = model.config.alibi_scaling
         trainer, conversation = build_trainer(model, script, training)
@@ -125,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if training.packing:
         print_packing(trainer)
     before = trainer.evaluate()["eval_loss"]
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
     model.config.use_cache, model.config.alibi_scaling = True, scaling  # training had set them aside
     trainer.save_model()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
+from trl import SFTConfig
 
 import conversations
 import finetune_sft
@@ -134,6 +135,40 @@ def test_bad_conversations_are_one_line_and_exit_status_2(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("finetune_sft.py: ") and message in line
     assert not (tmp_path / "output").exists()
+
+
+LONG = [{"role": "user", "content": "why? " * 60}, CHATS[0][1]]  # the answer is past a row
+
+
+def test_rows_that_no_answer_fits_in_do_not_lower_the_loss(model: Path, tmp_path: Path) -> None:
+    dataset = write(tmp_path / "chats.jsonl", [LONG, *CHATS, LONG])
+    given = arguments(model, dataset, tmp_path / "output")
+    script, training = HfArgumentParser((finetune_sft.ScriptArguments, SFTConfig)).parse_args_into_dataclasses(
+        [*given, "--packing", "true", "--assistant_only_loss", "true"]
+    )
+    trainer, _ = finetune_sft.build_trainer(AlibiForCausalLM.from_pretrained(model), script, training)
+    rows = [*trainer.train_dataset["labels"], *trainer.eval_dataset["labels"]]
+    assert all(any(label != -100 for label in labels) for labels in rows)
+    conversations = sum(map(len, [*trainer.train_dataset["seq_lengths"], *trainer.eval_dataset["seq_lengths"]]))
+    assert conversations == len(CHATS)
+
+
+@pytest.mark.parametrize(
+    ("chats", "more", "message"),
+    [
+        ([LONG] * 4, [], "No row of the train_dataset reaches an answer within --max_length 128"),
+        (CHATS, ["--eval_conversations", "0"], "--eval_conversations 0 leaves none"),
+        (CHATS, ["--resume_from_checkpoint", "nowhere"], "nowhere cannot be resumed"),
+        (CHATS, ["--resume_from_checkpoint", "last"], "no whole checkpoint"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line_and_exit_status_2(
+    chats: list[Any], more: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write(tmp_path / "chats.jsonl", chats)
+    assert finetune_sft.main([*arguments(model, dataset, tmp_path / "output"), *more]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("output/*"))
 
 
 def test_a_file_that_is_not_there_is_one_line_and_exit_status_2(

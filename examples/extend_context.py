@@ -87,7 +87,6 @@ def extend(
 
 def write_csv(path: Path, rows: dict[str, dict[int, float]]) -> None:
     """Write the table, one line a row and length."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slopes", "tokens", "perplexity"])
@@ -105,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         factor = factor_of(load_model(script).config, script.length)
         tokenizer = AutoTokenizer.from_pretrained(script.model)
         data = load_data(script, tokenizer)
+        if script.csv:
+            Path(script.csv).parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"extend_context.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

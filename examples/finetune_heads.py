@@ -84,6 +84,8 @@ class Prepared:
 
 def prepare(script: ScriptArguments) -> Prepared:
     """Read rows, tokenizer and checkpoint; every bad input is found here, before anything is trained or written."""
+    if script.length < 1:
+        raise ValueError(f"--length {script.length} leaves nothing to read; give at least 1.")
     rows = load_rows(script.task, script.data, script.held_out)
     labels = find_labels(rows[0])
     tokenizer = AutoTokenizer.from_pretrained(script.model, padding_side=script.padding_side)

@@ -76,6 +76,9 @@ def build_trainer(
     """
     if script.eval_conversations < 1:
         raise ValueError(f"--eval_conversations {script.eval_conversations} leaves none to measure the loss on.")
+    length = training.max_length or 0
+    if length < 2 and training.max_length is not None:
+        raise ValueError(f"--max_length {length} leaves nothing to predict; give at least 2.")
     train, held_out = load_conversations(script.dataset, script.column)
     held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), script.eval_conversations)))
     tokenizer = AutoTokenizer.from_pretrained(script.model)
@@ -83,7 +86,6 @@ def build_trainer(
         raise ValueError(f"The tokenizer of {script.model} has no eos_token, so that no answer could end; set one.")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    length = training.max_length or 0
     set_scaling_aside(model.config, length)
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, length)
     tokenizer.model_max_length = max(tokenizer.model_max_length, length)

@@ -119,7 +119,13 @@ def load_data(script: ScriptArguments, tokenizer: Any) -> Data:
 def build_trainer(
     model: AlibiForCausalLM, tokenizer: Any, data: Data, script: ScriptArguments, training: TrainingArguments
 ) -> AlibiTrainer:
-    """Return the Trainer; the training length that the model tells becomes at least `script.length`."""
+    """Return the Trainer; the training length that the model tells becomes at least `script.length`.
+
+    Raises:
+        ValueError: no steps to take; those of `AlibiTrainer`.
+    """
+    if training.max_steps == 0:
+        raise ValueError("--max_steps 0 trains nothing; give at least 1, or --num_train_epochs.")
     trainer = AlibiTrainer(
         model,
         training,

@@ -261,11 +261,15 @@ def test_bad_rows_end_with_one_line(name: str, tiny: str, tmp_path: Path, capsys
     assert not output.exists()
 
 
-def test_a_checkpoint_that_is_not_there_is_not_resumed(tiny: str, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    "more, says",
+    [(["--resume_from_checkpoint", "true"], "no whole checkpoint"), (["--length", "0"], "--length 0 leaves nothing")],
+)
+def test_bad_settings_end_with_one_line(more: list[str], says: str, tiny: str, tmp_path: Path, capsys: Any) -> None:
     data, output = write_rows(tmp_path / "rows.jsonl", made_rows("classification")), tmp_path / "output"
     given = ["--task", "classification", "--model", tiny, "--data", data, "--output_dir", str(output)]
-    assert finetune_heads.main([*given, "--resume_from_checkpoint", "true"]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert finetune_heads.main([*given, *more]) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
     assert not output.exists()
 
 

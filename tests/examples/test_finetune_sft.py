@@ -157,6 +157,7 @@ def test_rows_that_no_answer_fits_in_do_not_lower_the_loss(model: Path, tmp_path
     ("chats", "more", "message"),
     [
         ([LONG] * 4, [], "No row of the train_dataset reaches an answer within --max_length 128"),
+        (CHATS, ["--max_length", "0"], "--max_length 0 leaves nothing to predict"),
         (CHATS, ["--eval_conversations", "0"], "--eval_conversations 0 leaves none"),
         (CHATS, ["--resume_from_checkpoint", "nowhere"], "nowhere cannot be resumed"),
         (CHATS, ["--resume_from_checkpoint", "last"], "no whole checkpoint"),

@@ -236,6 +236,7 @@ def test_a_broken_checkpoint_is_refused_by_what_is_wrong_with_it(
         (["--eval_lengths", "0"], "a window of 0 tokens"),
         (["--eval_lengths", "5000"], "fewer than one window of 5000"),
         (["--length", "1"], "length of 1 tokens"),
+        (["--max_steps", "0"], "--max_steps 0 trains nothing"),
         (["--dtype", "int4"], "int4 is none of float32"),
         (["--model", "EMPTY"], "EMPTY"),
         (["--model", "NEW"], "llama"),

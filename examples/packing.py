@@ -20,12 +20,18 @@ from trl import pack_dataset
 def pack(documents: list[list[int]], length: int) -> Dataset:
     """Return bins of at most `length` tokens, columns `input_ids` and `seq_lengths` (of the documents in the bin).
 
+    A bin of documents of one token each is left out: it has nothing to predict, and its mean loss would be NaN.
+
     Raises:
-        ValueError: where a bin would have nothing to predict.
+        ValueError: where no bin has anything to predict.
     """
     if length < 2:
         raise ValueError(f"A length of {length} tokens leaves nothing to predict; give a length of at least 2.")
-    return pack_dataset(Dataset.from_dict({"input_ids": documents}), length, strategy="bfd_split")
+    bins = pack_dataset(Dataset.from_dict({"input_ids": documents}), length, strategy="bfd_split")
+    bins = bins.filter(lambda lengths: max(lengths) > 1, input_columns="seq_lengths")
+    if len(bins) == 0:
+        raise ValueError("No document has two tokens, so that there is nothing to predict; give a longer text.")
+    return bins
 
 
 class PackedCollator:

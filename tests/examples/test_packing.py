@@ -47,3 +47,10 @@ def test_a_batch_does_not_go_with_a_cache() -> None:
 def test_a_length_without_anything_to_predict_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"length of {length} tokens"):
         pack([[1, 2, 3]], length)
+
+
+def test_a_bin_without_anything_to_predict_is_left_out() -> None:
+    bins = pack([[1] * 9, [2] * 8], 8)  # the last piece is one token, and no other bin has room for it
+    assert sorted(n for row in bins for n in row["seq_lengths"]) == [8, 8]
+    with pytest.raises(ValueError, match="nothing to predict"):
+        pack([[1], []], 8)

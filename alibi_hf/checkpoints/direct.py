@@ -16,6 +16,7 @@ from alibi_hf.checkpoints.megatron import layer_files
 from alibi_hf.checkpoints.rules import Copy
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
+from alibi_hf.families import find_family
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.pretrained_alibi import NEW_HEADS, AlibiPreTrainedModel
 
@@ -65,8 +66,13 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
 
 
 def install() -> None:
-    """Let every Alibi class load upstream checkpoints."""
+    """Let every Alibi class load upstream checkpoints, and `AlibiConfig` their config.json."""
     AlibiPreTrainedModel.foreign_loader = staticmethod(load_foreign)
+    AlibiConfig.foreign_reader = staticmethod(_read_foreign)
+
+
+def _read_foreign(raw: dict[str, Any]) -> dict[str, Any]:
+    return find_family(raw).config(raw).to_dict()
 
 
 def _raw_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:

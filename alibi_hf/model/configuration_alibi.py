@@ -10,7 +10,7 @@ ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409.
 
 import math
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -146,6 +146,17 @@ class AlibiConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    foreign_reader: ClassVar[Any] = None
+    """Set by the installed `alibi_hf` package: gives our fields for those of an upstream config.json."""
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; with `alibi_hf` installed, an upstream one too, as PEFT does where it saves an adapter."""
+        found, rest = super().get_config_dict(*args, **kwargs)
+        if cls.foreign_reader is not None and found.get("model_type", cls.model_type) != cls.model_type:
+            found = cls.foreign_reader(found)
+        return found, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:

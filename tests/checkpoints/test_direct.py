@@ -18,6 +18,7 @@ from tests.builders import bloom, distance, falcon, foundry, ids, mpt, tokenizer
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     monkeypatch.setattr(AlibiPreTrainedModel, "foreign_loader", None)
+    monkeypatch.setattr(AlibiConfig, "foreign_reader", None)
     direct.install()
 
 
@@ -33,6 +34,15 @@ def test_shards_and_prefixes_make_no_difference(build, shards, prefix, tmp_path)
     one = AlibiForCausalLM.from_pretrained(build(tmp_path / "one"))
     other = AlibiForCausalLM.from_pretrained(build(tmp_path / "other", shards=shards, prefix=prefix))
     assert type(other) is AlibiForCausalLM and torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("build", FAMILIES.values())
+def test_the_config_alone_is_read_as_with_the_model(build, tmp_path):
+    folder = build(tmp_path)
+    whole, alone = AlibiForCausalLM.from_pretrained(folder).config.to_dict(), AlibiConfig.from_pretrained(folder)
+    differ = {name for name, value in alone.to_dict().items() if whole[name] != value}
+    stored = {"alibi_slopes"} if alone.alibi_slopes is None else set()  # slopes that are a tensor of the file
+    assert differ <= {"_name_or_path", "architectures", "dtype"} | stored
 
 
 @pytest.mark.parametrize("build", [bloom, falcon, foundry])

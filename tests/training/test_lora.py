@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 pytest.importorskip("peft")
@@ -19,6 +21,7 @@ from peft.utils import constants
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.adapters import register_target_modules
 from tests.all_families import FAMILIES
+from tests.builders import foundry, mpt
 from tests.model.cases import assert_close, build, documents
 from tests.model.feeding import flattened
 from tests.references.decoder import decode
@@ -184,3 +187,12 @@ def test_a_trained_copy_of_a_tied_matrix_is_saved_untied_otherwise(saved: str, t
     loaded = AlibiForCausalLM.from_pretrained(tmp_path).eval()
     assert not loaded.config.tie_word_embeddings
     assert_close(loaded(TEXTS[0][None]).logits, logits, 1e-5)
+
+
+@pytest.mark.parametrize("build", [mpt, foundry])
+def test_an_adapter_of_an_upstream_folder_is_saved_alone(build: Callable[..., Path], tmp_path: Path) -> None:
+    # PEFT reads the vocabulary of the folder's config.json with our class; the published ones hold this field
+    folder = build(tmp_path / "source", raw={"norm_type": "low_precision_layernorm"})
+    model = get_peft_model(AlibiForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))

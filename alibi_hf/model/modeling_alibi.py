@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -92,7 +93,7 @@ class AlibiModel(AlibiPreTrainedModel):
             distances, past_key_values = self._distances(
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, kwargs
             )
-        if self._first_layer() == 0:  # later pipeline stages are given what the stage before them computed
+        if type(next(iter(self.layers), None)) is not PipelineIdentityLayer:  # else an earlier stage has done it
             hidden_states = self._embed(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, distances=distances, past_key_values=past_key_values, **kwargs)

@@ -187,3 +187,21 @@ def test_text_generation_pipeline() -> None:
         ids = words(prompt, return_tensors="pt").input_ids
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, min_new_tokens=40)
         assert found.split() == words.decode(written[0, ids.shape[1] :]).split()
+
+
+class Watched(torch.nn.Module):
+    """A layer that something was put around, as quantisers do to see what it is given."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", ["six", "capped"])  # the embedding is normed, or scaled
+def test_a_wrapped_first_layer_is_given_the_same(case: str) -> None:
+    model = build(case, backend="eager")
+    model.model.layers[0] = Watched(model.model.layers[0])
+    check(model, whole, case, TEXTS)

@@ -32,12 +32,15 @@ def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.to(torch.get_autocast_dtype(device))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """True where calling the module runs more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # accelerate replaces forward
+
+
 def is_plain_linear(layer: nn.Module, kind: type = nn.Linear) -> bool:
     """True for a layer of this very `kind` with no hook or wrapper around it, and whose weight is not sharded."""
-    if type(layer) is not kind:
-        return False
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(layer):  # accelerate replaces forward
+    if type(layer) is not kind or has_hooks(layer):
         return False
     return type(layer.weight) in (torch.Tensor, nn.Parameter) and not hasattr(layer.weight, "ds_id")  # DeepSpeed ZeRO-3
 
@@ -52,6 +55,7 @@ class AlibiMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self._activation = type(self.act_fn)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[batch, tokens, hidden]` to the same shape.
@@ -62,9 +66,14 @@ class AlibiMLP(nn.Module):
         hidden_states = cast_once(hidden_states)
         up = self.up_proj(hidden_states)
         gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
-        if self.training and torch.is_grad_enabled() and not is_tracing() and is_plain_linear(self.down_proj):
+        if self.training and torch.is_grad_enabled() and self._can_recompute():
             return checkpoint(self._down, up, gate, use_reentrant=False, preserve_rng_state=False)
         return self._down(up, gate)
+
+    def _can_recompute(self) -> bool:
+        """True where the activation run twice is the activation run once: a hook, or another one, may drop out."""
+        plain = type(self.act_fn) is self._activation and not has_hooks(self.act_fn)
+        return plain and not is_tracing() and is_plain_linear(self.down_proj)
 
     def _down(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)

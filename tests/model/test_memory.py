@@ -116,11 +116,27 @@ def test_an_mlp_keeps_no_input_of_its_last_product_while_training(kind):
     assert all(torch.equal(one, other) for one, other in zip(gradients, truth, strict=True))
 
 
-def test_a_layer_around_the_last_product_runs_once():
-    """An adapter may have dropout of its own, and a hook may count: neither is run again in backward."""
+@pytest.mark.parametrize("around", ["act_fn", "down_proj"])
+def test_a_hook_in_an_mlp_runs_once(around):
+    """It may drop out, or count: it is not run again in backward."""
     layer, calls = AlibiMLP(small_config()).train(), []
-    layer.down_proj.register_forward_hook(lambda *_: calls.append("hook"))
+    getattr(layer, around).register_forward_hook(lambda *_: calls.append("hook"))
     layer(torch.randn(1, 4, WIDTH)).sum().backward()
+    assert calls == ["hook"]
+
+
+def test_an_activation_put_in_runs_once():
+    """It may have dropout of its own."""
+    layer, calls = AlibiMLP(small_config()).train(), []
+    layer.act_fn = torch.nn.Sequential(layer.act_fn)
+    layer.act_fn[0].register_forward_hook(lambda *_: calls.append("activation"))
+    layer(torch.randn(1, 4, WIDTH)).sum().backward()
+    assert calls == ["activation"]
+
+
+def test_a_layer_around_the_last_product_runs_once():
+    """An adapter may have dropout of its own."""
+    layer, calls = AlibiMLP(small_config()).train(), []
 
     class Adapter(torch.nn.Linear):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -129,7 +145,7 @@ def test_a_layer_around_the_last_product_runs_once():
 
     layer.down_proj = Adapter(INNER, WIDTH)
     layer(torch.randn(1, 4, WIDTH)).sum().backward()
-    assert calls == ["hook", "adapter"]
+    assert calls == ["adapter"]
 
 
 def test_products_of_one_input_share_its_copy_under_autocast():

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
@@ -204,9 +203,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients times `grad_output`, and let go of them: a weight's are large."""
+        if torch.is_grad_enabled():  # create_graph: they would count as constants
+            raise RuntimeError("The chunked loss is differentiated once; pass skip_logits=False for create_graph=True.")
         if ctx.gradients is None:
             raise RuntimeError(
                 "The chunked loss holds its gradients for one backward only; pass skip_logits=False to go back twice."

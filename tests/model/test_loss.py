@@ -280,3 +280,10 @@ def test_backward_runs_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="skip_logits=False"):
         loss.backward()
+
+
+def test_there_is_no_second_derivative() -> None:
+    """Where it is asked for, gradients made in forward would be taken for constants."""
+    hidden, weight, labels = states(1, 12, 8, 11)
+    with pytest.raises(RuntimeError, match="skip_logits=False for create_graph=True"):
+        torch.autograd.grad(chunked_loss(hidden, weight, labels), hidden, create_graph=True)

@@ -18,8 +18,10 @@ from .bias_alibi import Distances, bias_dtype, rounded_row, scaled_slopes
 
 
 def is_tracing() -> bool:
-    """True while torch compiles, exports or traces: nothing may depend on the values of a tensor then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    """True while torch compiles, exports, traces or transforms (`torch.func`): no tensor's value may be read."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def find_documents(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 from transformers import AutoTokenizer
 
 from alibi_hf import AlibiForCausalLM
@@ -120,6 +121,21 @@ def test_rounded_biases(rounding: str, feed: str) -> None:
         model = build("six", torch.float64, name, alibi_rounding=rounding)
         found.append(gradients(model, loss_of(FEEDS[feed](model, TEXTS), TEXTS)))
     assert_gradients(found[1], found[0], 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_gradients_of_each_row_by_torch_func(backend: str) -> None:
+    """In a training step of Trainer, where backward recomputes and the loss makes gradients in forward, otherwise."""
+    model, rows = build("six", torch.float64, backend).train(), torch.stack(documents(23, 23))
+    options = {"use_cache": False, "num_items_in_batch": 22}
+
+    def loss(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (row[None],), {"labels": row[None], **options}).loss
+
+    found = vmap(grad(loss), (None, 0))(dict(model.named_parameters()), rows)
+    for index, row in enumerate(rows):
+        _, truth = expected_gradients("six", [row])
+        assert_gradients({name: gradients[index] for name, gradients in found.items()}, truth, 1e-6)
 
 
 def test_flex_attention_has_no_gradients_on_cpu() -> None:

@@ -84,9 +84,15 @@ class AlibiPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as ever, with the code files of this model: FSDP makes its class one of torch's, with torch's files."""
-        own = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
-        self.__module__ = own.__module__  # where Transformers looks for them
+        self.__module__ = self._own_class().__module__  # where Transformers looks for them
         super().save_pretrained(*args, **kwargs)
+
+    def _get_name(self) -> str:
+        """Return the name that Trainer knows: its label smoothing shifts no labels for the class that FSDP makes."""
+        return self._own_class().__name__
+
+    def _own_class(self) -> type:
+        return next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """Return the backend that runs; refuse what cannot compute this config's attention.

@@ -128,7 +128,7 @@ def _shards(kwargs: dict[str, Any]) -> bool:
     plan = kwargs.get("distributed_config")
     plan = DistributedConfig.from_dict(plan) if isinstance(plan, dict) else plan
     sizes = [getattr(plan, name, None) or 1 for name in ("tp_size", "fsdp_size", "dp_replicate_size")]
-    return max(sizes) > 1 or kwargs.get("tp_plan") is not None
+    return max(sizes) > 1 or kwargs.get("tp_plan") is not None or (kwargs.get("tp_size") or 1) > 1
 
 
 def _config(checkpoint: Checkpoint, cls: type[AlibiPreTrainedModel], kwargs: dict[str, Any]) -> AlibiConfig:

@@ -74,6 +74,12 @@ def test_disk_offload(tmp_path):
     assert torch.equal(logits(model), logits(AlibiForCausalLM.from_pretrained(folder)))
 
 
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_plan": "auto"}, {"distributed_config": {"fsdp_size": 2}}])
+def test_what_is_rearranged_is_not_read_in_slices(sizes, tmp_path):
+    with pytest.raises(AlibiError, match="query_key_value.*Convert it first"):
+        AlibiForCausalLM.from_pretrained(bloom(tmp_path), **sizes)
+
+
 @pytest.mark.parametrize("build", FAMILIES.values())
 def test_the_decoder_alone(build, tmp_path):
     folder = build(tmp_path)

@@ -63,9 +63,11 @@ def chunked_loss(
     Other keywords are those of the model's forward, and mean nothing here.
 
     Raises:
-        ValueError: a label outside the vocabulary.
+        ValueError: a label outside the vocabulary; labels that are truth values or fractions, such as a mask.
     """
     targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"labels are of {targets.dtype}, but have to be token ids; is it a mask that was given?")
     targets = targets.flatten().to(hidden_states.device, torch.long)
     rows = (targets != ignore_index).nonzero()[:, 0]
     targets = targets[rows]

@@ -120,6 +120,13 @@ def test_a_label_outside_the_vocabulary(label: int, skip: bool) -> None:
         build("six")(ids, labels=labels, skip_logits=skip)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_labels_that_are_no_token_ids(dtype: torch.dtype) -> None:
+    ids = documents(20)[0][None]
+    with pytest.raises(ValueError, match=f"labels are of {dtype}"):
+        build("six")(ids, labels=ids.to(dtype), skip_logits=True)
+
+
 def test_a_batch_without_labels_is_named(caplog: pytest.LogCaptureFixture) -> None:
     ids = documents(21)[0].view(3, 7)
     for labels in (torch.full((3, 7), -100), ids.masked_fill(torch.arange(7) > 0, -100)):  # no token predicts the first

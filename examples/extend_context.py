@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 import finetune_trainer
 from alibi_trainer import evaluations, print_table
-from finetune_trainer import Data, build_trainer, load_data, load_model, train
+from finetune_trainer import Data, build_trainer, check_steps, load_data, load_model, train
 
 DEFAULTS = {
     **finetune_trainer.DEFAULTS,
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script, training = parser.parse_args_into_dataclasses(arguments)
         if training.resume_from_checkpoint is not None:
             raise ValueError("Two short runs are not resumed; start again without --resume_from_checkpoint.")
+        check_steps(training)
         factor = factor_of(load_model(script).config, script.length)
         tokenizer = AutoTokenizer.from_pretrained(script.model)
         data = load_data(script, tokenizer)

@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_seed(training.seed)
         prepared = prepare(script)
     except (ValueError, OSError) as error:
-        print(f"finetune_heads: {error}", file=sys.stderr)
+        print(f"finetune_heads.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     before, after = train(script.task, prepared, training, checkpoint)
     print(report(script.task, len(prepared.rows[1]), before, after, baseline(script.task, *prepared.rows)))

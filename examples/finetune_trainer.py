@@ -116,6 +116,12 @@ def load_data(script: ScriptArguments, tokenizer: Any) -> Data:
     )
 
 
+def check_steps(training: TrainingArguments) -> None:
+    """Raise ValueError where no step would be taken."""
+    if training.max_steps == 0:
+        raise ValueError("--max_steps 0 trains nothing; give at least 1, or --num_train_epochs.")
+
+
 def build_trainer(
     model: AlibiForCausalLM, tokenizer: Any, data: Data, script: ScriptArguments, training: TrainingArguments
 ) -> AlibiTrainer:
@@ -124,8 +130,7 @@ def build_trainer(
     Raises:
         ValueError: no steps to take; those of `AlibiTrainer`.
     """
-    if training.max_steps == 0:
-        raise ValueError("--max_steps 0 trains nothing; give at least 1, or --num_train_epochs.")
+    check_steps(training)
     trainer = AlibiTrainer(
         model,
         training,

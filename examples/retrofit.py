@@ -268,7 +268,7 @@ def main() -> int:
         check(script, arguments)
         figures = run(script, arguments)
     except (AlibiError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"retrofit.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     save(figures, Path(arguments.output_dir))
     console = Console()

@@ -70,10 +70,11 @@ def test_what_it_saves_keeps_its_scaling_and_the_new_length(source: Path, tmp_pa
     [
         (["--length", "16"], {}, "does not extend a model trained at 16"),
         (["--eval_lengths", "0"], {}, "a window of 0 tokens"),
+        (["--max_steps", "0"], {}, "trains nothing"),
         (["--csv", f"{__file__}/table.csv"], {}, "exists|Not a directory"),
         ([], {"alibi_scaling": {"type": "linear", "factor": 2.0}}, "alibi_scaling=.* already"),
     ],
-    ids=["length", "eval_lengths", "csv", "scaled"],
+    ids=["length", "eval_lengths", "max_steps", "csv", "scaled"],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], changes: dict, says: str

@@ -257,7 +257,7 @@ def test_bad_rows_end_with_one_line(name: str, tiny: str, tmp_path: Path, capsys
     data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "output"
     assert finetune_heads.main(["--task", task, "--model", tiny, "--data", data, "--output_dir", str(output)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("finetune_heads: ") and re.search(message, last), last
+    assert last.startswith("finetune_heads.py: ") and re.search(message, last), last
     assert not output.exists()
 
 

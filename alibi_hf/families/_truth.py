@@ -20,14 +20,13 @@ _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 class KeepFloat64(TorchFunctionMode):
-    """While active, a float64 tensor stays one in `softmax(x, dtype=float32)`, `x.float()` and `x.to(float32)`."""
+    """While active, `softmax(x, dtype=float32)` and `x.float()` of a float64 tensor stay in float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensor = args[0] if args else kwargs.get("input")
         if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
-            to_float32 = func is torch.Tensor.to and any(argument is torch.float32 for argument in args[1:])
-            if func is torch.Tensor.float or to_float32:
+            if func is torch.Tensor.float:
                 return tensor
             if func in _SOFTMAX and kwargs.get("dtype") == torch.float32:
                 kwargs["dtype"] = torch.float64

@@ -17,6 +17,16 @@ from alibi_hf.families._truth import KeepFloat64
 DROPPED = "positions are replaced by ALiBi"
 
 
+class KeepFloat64Norms(KeepFloat64):
+    """And where `x.to(float32)` is asked for, as LlamaRMSNorm does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        to_float32 = func is torch.Tensor.to and any(argument is torch.float32 for argument in args[1:])
+        if to_float32 and args[0].dtype == torch.float64:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class Layout(Family, Protocol):
     """A `Family` whose `config` has ALiBi in the place of the source's own positions.
 
@@ -48,8 +58,8 @@ def without_positions(
         class_name=class_name,
         attn_implementation="eager",
         build=build,
-        truth=KeepFloat64,
-        exact_truth=KeepFloat64,
+        truth=KeepFloat64Norms,
+        exact_truth=KeepFloat64Norms,
         as_is_truth_note="norms and softmax are in float32 whatever the dtype",
         attention_modules=attention_modules,
         bias_argument="attention_mask",

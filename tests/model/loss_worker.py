@@ -1,4 +1,4 @@
-"""One rank of `test_loss_training.py`, under torchrun: one row of a batch, wrapped by DDP and by FSDP2."""
+"""The processes of `test_loss_training.py`: one row of a batch, wrapped by DDP and by FSDP2."""
 
 import copy
 import sys
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from alibi_hf.model import loss_alibi
+from tests.distributed.processes import fork
 from tests.model.cases import build
 
 
@@ -32,9 +33,8 @@ def shard(model: Any, head: bool = False) -> Any:
     return fully_shard(model)
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
     """Write the mean of the losses and the gradients under each engine."""
-    dist.init_process_group("gloo")
     given, found = torch.load(folder / "given.pt"), {}
     plain = build("six", tie_word_embeddings=False).train()
     engines = {
@@ -52,8 +52,7 @@ def main(folder: Path) -> None:
         found[engine] = {"loss": loss / 2, "gradients": gradients}
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork(int(sys.argv[1]), work, Path(sys.argv[2]))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from torch import nn
 from transformers import DataCollatorWithFlattening, EvalPrediction, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from alibi_hf.model.loss_alibi import can_chunk
+from tests.distributed.processes import needs_gloo, run
 from tests.model.cases import assert_close, build, documents
 from tests.model.test_loss import assert_gradients, batch, gradients
 
@@ -66,17 +63,14 @@ def test_trainer_takes_the_same_steps_without_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """DDP and FSDP2, one row of the batch a process: losses and gradients of the whole batch, without logits."""
     model, (ids, labels) = build("six", tie_word_embeddings=False).train(), batch()
     items = int((labels[:, 1:] != -100).sum())
     loss = model(ids, labels=labels, num_items_in_batch=items, skip_logits=False).loss
     torch.save({"ids": ids, "labels": labels, "items": items}, tmp_path / "given.pt")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, WORKER, tmp_path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(WORKER, "2", tmp_path)
     truth = gradients(model, loss)
     found = torch.load(tmp_path / "found.pt")
     for engine in ("DDP", "FSDP2", "FSDP2, head apart"):

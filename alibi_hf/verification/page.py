@@ -7,42 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from alibi_hf.verification.page_figures import Figure, draw
+from alibi_hf.pages import Figure, as_html, definitions, figure_grid, section, table, unordered
+from alibi_hf.verification.page_figures import draw
 from alibi_hf.verification.render import COLUMNS, HOW_TO_READ, check_cells, control_cells
 
 if TYPE_CHECKING:
     from alibi_hf.verification.report import Check, Verification
 
-# Nothing may be fetched and nothing may run, whatever a checkpoint's names hold.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-NO_FIGURES = 'The figures need matplotlib: <code>pip install "alibi-hf[plots]"</code>, then verify again.'
 GOOD = ("ok", "caught", "shown")
 
 
 def as_page(report: Verification) -> str:
     """Return the page that `verification.html` holds."""
-    title = f"{report.verdict.capitalize()}: {report.output}"
-    style = (files("alibi_hf.verification") / "page.css").read_text(encoding="utf-8")
     sections = [_verdict(report), _subjects(report), _figures(draw(report)), _table(report), _notes(report)]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{"".join(sections)}</main>
-</body>
-</html>
-"""
+    return as_html(f"{report.verdict.capitalize()}: {report.output}", "".join(sections))
 
 
 def _verdict(report: Verification) -> str:
@@ -61,7 +41,7 @@ def _verdict(report: Verification) -> str:
 <h1><strong>{report.verdict.capitalize()}</strong>: {escape(report.output)}</h1>
 <p>Held against <code>{escape(report.source)}</code> (family {escape(report.family)}) as
 <code>{escape(reference["class"])}</code> computes it: {counts}, {report.seconds:.0f} s.</p>
-{"" if report.proved else _list(wrong)}</header>
+{"" if report.proved else unordered(wrong)}</header>
 """
 
 
@@ -79,23 +59,13 @@ def _subjects(report: Verification) -> str:
         "Text": report.text,
         "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
     }
-    pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in rows.items() if value)
-    return f"<section>\n<h2>What was compared with what</h2>\n<dl>\n{pairs}</dl>\n</section>\n"
+    return section("What was compared with what", definitions(rows))
 
 
 def _figures(groups: dict[str, list[Figure]] | None) -> str:
     if groups is None:
-        return f'<section>\n<h2>Figures</h2>\n<p class="dim">{NO_FIGURES}</p>\n</section>\n'
-    return "".join(
-        f'<section>\n<h2>{escape(heading)}</h2>\n<div class="figures">\n{"".join(map(_figure, figures))}</div>\n'
-        f"</section>\n"
-        for heading, figures in groups.items()
-        if figures
-    )
-
-
-def _figure(figure: Figure) -> str:
-    return f"<figure>\n{figure.svg}<figcaption>{escape(figure.caption)}</figcaption>\n</figure>\n"
+        return section("Figures", figure_grid(None))
+    return "".join(section(heading, figure_grid(figures)) for heading, figures in groups.items() if figures)
 
 
 def _table(report: Verification) -> str:
@@ -105,29 +75,13 @@ def _table(report: Verification) -> str:
     controls = [control_cells(control) for control in report.negative_controls]
     how = escape(" ".join(HOW_TO_READ.replace("*", "").replace("`", "").split()))
     folded = f"<details>\n<summary>{len(layers)} checks of single layers</summary>\n{_rows(layers)}</details>\n"
-    return f"""<section>
-<h2>Every check</h2>
-<p class="dim">{how}</p>
-{_rows(whole + controls)}{folded if layers else ""}</section>
-"""
+    return section("Every check", f'<p class="dim">{how}</p>\n{_rows(whole + controls)}{folded if layers else ""}')
 
 
 def _rows(cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{name or "result"}</th>' for name in COLUMNS)
-    return f"""<div class="table" tabindex="0" role="region" aria-label="Checks">
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{"".join(map(_row, cells))}</tbody>
-</table>
-</div>
-"""
-
-
-def _row(cells: Sequence[str]) -> str:
-    *values, mark = cells
-    body = "".join(f"<td>{escape(value)}</td>" for value in values)
-    return f'<tr>{body}<td class="{"ok" if mark in GOOD else "failed"}">{escape(mark)}</td></tr>\n'
+    columns = [name or "result" for name in COLUMNS]
+    marks = {row[-1]: "ok" if row[-1] in GOOD else "failed" for row in cells}
+    return table("Checks", columns, cells, marks)
 
 
 def _notes(report: Verification) -> str:
@@ -135,7 +89,7 @@ def _notes(report: Verification) -> str:
     notes = [*report.notes]
     for note in dict.fromkeys(check.note for check in noted):
         notes += [f"{what}: {note}" for what in _grouped([check for check in noted if check.note == note])]
-    return f"<section>\n<h2>Notes</h2>\n{_list(notes)}</section>\n" if notes else ""
+    return section("Notes", unordered(notes)) if notes else ""
 
 
 def _grouped(checks: Iterable[Check]) -> list[str]:
@@ -144,10 +98,6 @@ def _grouped(checks: Iterable[Check]) -> list[str]:
     for check in checks:
         lengths.setdefault(f"{check.name}, {check.dtype}", []).append(check.length)
     return [name + (f", {', '.join(map(str, found))} tokens" if any(found) else "") for name, found in lengths.items()]
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"
 
 
 __all__ = ["as_page"]

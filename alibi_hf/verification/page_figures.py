@@ -1,68 +1,33 @@
-"""The figures of a verification's page, as SVG that takes its colours from the page's style sheet; needs matplotlib.
-
-Text stays text, nothing holds a date, and names inside the SVG come from fixed salts: the same numbers give the same
-bytes.
-"""
+"""The figures of a verification's page; they need matplotlib."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from io import StringIO
 from math import floor, isfinite, log10
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from alibi_hf.pages.figures import LIMIT, OURS, UPSTREAM, Figure, as_svg, drawing, logarithmic, panel, whole_numbers
 from alibi_hf.verification.render import share_of_limit
 
 if TYPE_CHECKING:
     from alibi_hf.verification.report import BiasSample, Check, Verification
 
-# Colours that stand for variables of page.css: matplotlib draws with the one, the page shows the other.
-INK, DIM, LINE, OURS, UPSTREAM, LIMIT = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
-VARIABLES = {INK: "ink", DIM: "dim", LINE: "line", OURS: "ours", UPSTREAM: "upstream", LIMIT: "limit"}
-STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": DIM,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "xtick.color": DIM,
-    "ytick.color": DIM,
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-}
-SIZE = (4.6, 3.2)  # inches; the page scales it to the width there is
 LEAST = 1e-10  # a logarithmic axis has no zero: what is smaller is drawn here
 MARKERS = 500  # of upstream's bias, at most
-METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One SVG element, and what it shows in words."""
-
-    svg: str
-    caption: str
 
 
 def draw(report: Verification) -> dict[str, list[Figure]] | None:
     """Return the figures under their headings; None where matplotlib is not installed."""
-    try:
-        import matplotlib.style
-    except ImportError:
-        return None
-    with matplotlib.style.context(STYLE, after_reset=True):
+    with drawing() as able:
+        if not able:
+            return None
         return {
             "Error by layer": _errors(_worst_of_each_layer(report.checks), "layer", lambda check: check.layer),
             "Error by length": _errors(
-                [check for check in report.checks if _is_whole(check)], "tokens in the row", lambda check: check.length
+                [check for check in report.checks if _is_whole(check)],
+                "tokens in the row",
+                lambda check: check.length,
             ),
             "Bias of each head against upstream's": _bias(report.bias, _bias_limit(report)) if report.bias else [],
         }
@@ -97,7 +62,7 @@ def _errors(checks: Sequence[Check], axis: str, place: Callable[[Check], int | N
 
 
 def _error_lines(title: str, checks: list[Check], axis: str, place: Callable[[Check], int | None]) -> Figure:
-    figure, panel = _panel(title)
+    figure, axes = panel(title)
     checks = sorted(checks, key=lambda check: place(check) or 0)
     marks = {"upstream": (UPSTREAM, "s--"), "limit": (LIMIT, ":"), "ours": (OURS, "o-")}
     drawn = []
@@ -105,26 +70,26 @@ def _error_lines(title: str, checks: list[Check], axis: str, place: Callable[[Ch
         points = [(place(check), getattr(check, side)) for check in checks]
         known = [(x, max(y, LEAST)) for x, y in points if y is not None and isfinite(y)]
         if known:
-            panel.plot(*zip(*known, strict=True), form, color=color, label=side, markersize=4)
+            axes.plot(*zip(*known, strict=True), form, color=color, label=side, markersize=4)
             drawn += [y for _, y in known]
-    _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
-    panel.set_ylim(*_decades(drawn))
+    logarithmic(axes.set_yscale, axes.yaxis, 10, "{:.0e}")
+    axes.set_ylim(*_decades(drawn))
     if axis == "layer":
-        _whole(panel.xaxis)
+        whole_numbers(axes.xaxis)
     else:
-        _logarithmic(panel.set_xscale, panel.xaxis, 2, "{:g}")
-        panel.set_xticks(sorted({check.length for check in checks}))
-    panel.set_xlabel(axis)
-    panel.set_ylabel("error, as gated")
+        logarithmic(axes.set_xscale, axes.xaxis, 2, "{:g}")
+        axes.set_xticks(sorted({check.length for check in checks}))
+    axes.set_xlabel(axis)
+    axes.set_ylabel("error, as gated")
     if drawn:
-        panel.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9)
     lost = sum(check.ours is not None and not isfinite(check.ours) for check in checks)
     failed = sum(not check.passed for check in checks)
     caption = f"Our error and upstream's against float64, with the limit for ours. {len(checks)} points, "
     caption += "all within the limit." if not failed else f"{failed} outside the limit."
     caption += " Of several lengths, the one nearest to its limit." if axis == "layer" else ""
     caption += f" {lost} of ours are not finite and cannot be drawn." if lost else ""
-    return Figure(_svg(figure, title, caption), caption)
+    return Figure(as_svg(figure, title, caption), caption)
 
 
 def _decades(values: list[float]) -> tuple[float, float]:
@@ -140,47 +105,47 @@ def _bias(sample: BiasSample, limit: float | None) -> list[Figure]:
 def _bias_lines(sample: BiasSample) -> Figure:
     """Minus the bias over the distance, a line for each of our heads under upstream's points."""
     title = f"bias of the last of {sample.length} tokens"
-    figure, panel = _panel(title)
+    figure, axes = panel(title)
     every = max(1, len(sample.ours) * len(sample.distances) // MARKERS)
     for head, (ours, theirs) in enumerate(zip(sample.ours, sample.upstream, strict=True)):
         names = ("ours", "upstream") if head == 0 else (None, None)
-        panel.plot(sample.distances, [-value for value in ours], "-", color=OURS, linewidth=1, label=names[0])
+        axes.plot(sample.distances, [-value for value in ours], "-", color=OURS, linewidth=1, label=names[0])
         points = {"markevery": every, "markersize": 4, "fillstyle": "none", "label": names[1]}
-        panel.plot(sample.distances, [-value for value in theirs], "o", color=UPSTREAM, **points)
+        axes.plot(sample.distances, [-value for value in theirs], "o", color=UPSTREAM, **points)
     last = [-head[-1] for head in sample.ours]
     for head in sorted({last.index(max(last)), last.index(min(last))}):
         at = (sample.distances[-1], last[head])
-        panel.annotate(f"head {head}", at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    _logarithmic(panel.set_xscale, panel.xaxis, 2, "{:g}")
-    _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:g}")
-    panel.set_xlabel("tokens between query and key")
-    panel.set_ylabel("minus the bias")
-    panel.legend(frameon=False, fontsize=9)
+        axes.annotate(f"head {head}", at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    logarithmic(axes.set_xscale, axes.xaxis, 2, "{:g}")
+    logarithmic(axes.set_yscale, axes.yaxis, 10, "{:g}")
+    axes.set_xlabel("tokens between query and key")
+    axes.set_ylabel("minus the bias")
+    axes.legend(frameon=False, fontsize=9)
     caption = f"What each of {len(sample.ours)} heads takes off the score of a key: our lines, upstream's circles."
     if any(value == 0 for head in sample.upstream for value in head):
         caption += " There is no circle where upstream's rounding makes two keys the same."
-    return Figure(_svg(figure, title, caption), caption)
+    return Figure(as_svg(figure, title, caption), caption)
 
 
 def _bias_differences(sample: BiasSample, limit: float | None) -> Figure:
     """The largest difference of each head, relative to its largest bias."""
     title = "largest difference of each head"
-    figure, panel = _panel(title)
+    figure, axes = panel(title)
     differences = [_difference(*head) for head in zip(sample.ours, sample.upstream, strict=True)]
     points = [max(value, LEAST) if isfinite(value) else 1.0 for value in differences]
-    panel.plot(range(len(points)), points, "o", color=OURS, markersize=4)
+    axes.plot(range(len(points)), points, "o", color=OURS, markersize=4)
     if limit is not None:
-        panel.axhline(limit, color=LIMIT, linestyle=":", label="limit")
-        panel.legend(frameon=False, fontsize=9)
-    _logarithmic(panel.set_yscale, panel.yaxis, 10, "{:.0e}")
-    panel.set_ylim(LEAST / 2, 2 * max(1e-5, *points))
-    _whole(panel.xaxis)
-    panel.set_xlabel("head")
-    panel.set_ylabel("relative to the largest bias")
+        axes.axhline(limit, color=LIMIT, linestyle=":", label="limit")
+        axes.legend(frameon=False, fontsize=9)
+    logarithmic(axes.set_yscale, axes.yaxis, 10, "{:.0e}")
+    axes.set_ylim(LEAST / 2, 2 * max(1e-5, *points))
+    whole_numbers(axes.xaxis)
+    axes.set_xlabel("head")
+    axes.set_ylabel("relative to the largest bias")
     same = sum(value == 0 for value in differences)
     caption = f"{same} of {len(points)} heads agree in every bit and are drawn at {LEAST:.0e}"
     caption += "." if limit is not None else "; upstream rounds its bias, so that there is no limit."
-    return Figure(_svg(figure, title, caption), caption)
+    return Figure(as_svg(figure, title, caption), caption)
 
 
 def _difference(ours: list[float], theirs: list[float]) -> float:
@@ -188,52 +153,4 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / (largest or 1.0)
 
 
-def _panel(title: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=SIZE)
-    figure.subplots_adjust(left=0.16, right=0.88, bottom=0.16, top=0.9)
-    figure.patch.set_alpha(0)
-    panel = figure.subplots()
-    panel.patch.set_alpha(0)
-    panel.set_title(title, parse_math=False)
-    return figure, panel
-
-
-def _logarithmic(scale: Callable[..., None], axis: Any, base: int, form: str) -> None:
-    """Make an axis logarithmic, with plain numbers at its ticks and none between them."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    scale("log", base=base)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _whole(axis: Any) -> None:
-    """Give an axis ticks at whole numbers only."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _svg(figure: Any, title: str, caption: str) -> str:
-    """Return the figure as an SVG element for the middle of a page: labelled, without ids that nothing refers to."""
-    import matplotlib
-
-    buffer = StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", metadata=METADATA)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    for color, name in VARIABLES.items():
-        text = text.replace(color, f"var(--{name})")
-    label = escape(f"{title}. {caption}")
-    opening = f'<svg viewBox="0 0 {SIZE[0] * 72:g} {SIZE[1] * 72:g}" role="img" aria-label="{label}" '
-    opening += 'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
-
-
-__all__ = ["Figure", "draw"]
+__all__ = ["draw"]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from alibi_hf.checkpoints.writer import write_json
+from alibi_hf.errors import AlibiError
 
 SCHEMA_VERSION = 1
 Protocol = Literal["non-overlapping", "sliding"]
@@ -58,6 +62,11 @@ class Reading:
     seconds: float
     peak_bytes: int | None
     failure: str = ""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Reading:
+        """Return the reading that `asdict` was made of."""
+        return cls(**{**raw, "spans": [Span(**span) for span in raw["spans"]]})
 
     @property
     def perplexity(self) -> float | None:
@@ -129,6 +138,29 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The content of `evaluation.json`."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Evaluation:
+        """Return the evaluation that `to_dict` was made of, as `evaluation.json` holds it.
+
+        Raises:
+            AlibiError: where it was written by another version.
+        """
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise AlibiError(
+                f"the evaluation has schema_version {raw.get('schema_version')}, this version reads {SCHEMA_VERSION}; "
+                "evaluate again."
+            )
+        fields = {name: value for name, value in raw.items() if name != "schema_version"}
+        models = [
+            ModelEvaluation(**{**model, "readings": [Reading.from_dict(reading) for reading in model["readings"]]})
+            for model in fields["models"]
+        ]
+        return cls(**{**fields, "models": models})
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `evaluation.json` into `directory` and return its path."""
+        return write_json(Path(directory) / "evaluation.json", self.to_dict())
 
 
 __all__ = ["PROTOCOLS", "SCHEMA_VERSION", "Evaluation", "ModelEvaluation", "Protocol", "Reading", "Span"]

@@ -1,0 +1,307 @@
+"""Which models are read: what the command line names, checked before anything long is computed, then loaded in turn.
+
+A folder or Hub id runs in this package's decoder where it has this package's layout or is of one of its families, and
+in Transformers' own class otherwise; with `upstream:` before it, in Transformers' own class always. Code of the source
+is not run unless `trust_remote_code` is given, and then at a pinned commit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from alibi_hf.checkpoints.options import parse_dtype
+from alibi_hf.checkpoints.reading import FileState
+from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.source import Checkpoint, locate
+from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, UnknownFamilyError, UnsafeSourceError
+from alibi_hf.families import find_family
+from alibi_hf.model.configuration_alibi import AlibiConfig
+from alibi_hf.model.modeling_alibi import AlibiForCausalLM
+from alibi_hf.verification.text import TOKENIZER_FILES
+
+UPSTREAM = "upstream:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+READ_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are loaded: see `evaluate`."""
+
+    dtype: str | torch.dtype | None = None
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    tokenizer: str | Path | None = None
+
+    @property
+    def load_dtype(self) -> torch.dtype | str:
+        """What `from_pretrained` is given: if nothing was said float32 on CPU, and as stored on a GPU."""
+        if self.dtype is None and self.device == "cpu":
+            return torch.float32
+        return parse_dtype(self.dtype) or "auto"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that will be read.
+
+    Attributes:
+        name: what the report calls it.
+        given: what the caller named, `upstream:` included.
+        folder: where its files are.
+        revision: the commit of a Hub snapshot.
+        upstream: whether Transformers' own class runs it.
+        raw: its config.json.
+        note: why Transformers' class runs a checkpoint of one of our families, if so.
+    """
+
+    name: str
+    given: str
+    folder: Path
+    revision: str | None
+    upstream: bool
+    raw: dict[str, Any]
+    note: str = ""
+
+    def files(self) -> list[FileState]:
+        """Return the state of the files that decide what it computes, by their whole path."""
+        found = {path for pattern in READ_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        return [replace(FileState.of(path, with_header=True), name=str(path)) for path in sorted(found)]
+
+
+def find_subjects(models: Sequence[str | Path], names: Sequence[str] | None, options: Options) -> list[Subject]:
+    """Find out what each of `models` is, from config.json and the headers of its files.
+
+    Raises:
+        AlibiError: its subclasses: a folder that holds no model, or none that can be read; two of one name; options
+            that do not fit.
+    """
+    if not models:
+        raise AlibiError("no model was given; name one folder or Hub id at least.")
+    if names and len(names) != len(models):
+        raise AlibiError(f"{len(names)} names are given for {len(models)} models; give one for each, or none.")
+    try:
+        torch.device(options.device)
+    except RuntimeError as error:
+        raise ConfigFieldError(f"device={options.device!r} is no device: {str(error).splitlines()[0]}") from error
+    _ = options.load_dtype  # refuses a dtype that is none
+    chosen = list(names) if names else _names([str(model) for model in models])
+    if double := [name for name, count in Counter(chosen).items() if count > 1]:
+        raise AlibiError(
+            f"two models are called {double[0]!r}; give each a name of its own (--name, once a model), and none twice."
+        )
+    return [_find(str(model), name, options) for model, name in zip(models, chosen, strict=True)]
+
+
+def load_tokenizer(subject: Subject, options: Options) -> Any:
+    """Return the tokenizer of a model's folder, or the one named by the options.
+
+    Raises:
+        CheckpointFileError: where there is none, or it cannot be loaded.
+    """
+    folder = subject.folder if options.tokenizer is None else locate(options.tokenizer, None, False)[0]
+    remote = options.trust_remote_code and options.tokenizer is None
+    if not remote and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointFileError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put it there, or name another folder's "
+            "(--tokenizer)."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote)
+    except Exception as error:  # the library raises many kinds; all mean that there is nothing to tokenise with
+        raise CheckpointFileError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_model(subject: Subject, options: Options) -> Any:
+    """Return the model in evaluation mode on its device.
+
+    Raises:
+        AlibiError: where weights are missing.
+        Exception: what Transformers raises.
+    """
+    kind = AutoModelForCausalLM if subject.upstream else AlibiForCausalLM
+    trusted = {"trust_remote_code": options.trust_remote_code} if subject.upstream else {}
+    model, info = kind.from_pretrained(
+        str(subject.folder),
+        dtype=options.load_dtype,
+        use_safetensors=not options.allow_pickle,
+        output_loading_info=True,
+        **trusted,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise AlibiError(
+            f"{subject.given} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]}: "
+            "they would be random. Its weights are incomplete, or are not those of a language model."
+        )
+    return model.to(options.device).eval()
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """Return the last part of each path or id; the whole where two would be the same."""
+    short = [_plain_name(model) for model in models]
+    return [name if short.count(name) == 1 else _whole_name(model) for name, model in zip(short, models, strict=True)]
+
+
+def _plain_name(model: str) -> str:
+    bare = model.removeprefix(UPSTREAM)
+    name = Path(bare).expanduser().resolve().name if Path(bare).expanduser().is_dir() else bare.rpartition("/")[2]
+    return f"{name} (upstream)" if bare != model else name
+
+
+def _whole_name(model: str) -> str:
+    bare = model.removeprefix(UPSTREAM)
+    return f"{bare} (upstream)" if bare != model else bare
+
+
+def _find(model: str, name: str, options: Options) -> Subject:
+    bare = model.removeprefix(UPSTREAM)
+    if Path(bare).is_file():
+        raise CheckpointFileError(f"{bare} is a file, not a model; a text is given with --text, each with its own.")
+    folder, commit = locate(bare, options.revision, options.allow_pickle)
+    raw = read_json(folder / "config.json")
+    ours, note = _is_ours(raw)
+    subject = Subject(name, model, folder, commit, upstream=bare != model or not ours, raw=raw, note=note)
+    if not subject.upstream:
+        _check_ours(subject, options)
+    else:
+        _check_upstream(subject, options)
+    return subject
+
+
+def _is_ours(raw: dict[str, Any]) -> tuple[bool, str]:
+    """Return whether our decoder runs this config; and why not, where it is a family's all the same."""
+    if raw.get("model_type") == AlibiConfig.model_type:
+        return True, ""
+    try:
+        family = find_family(raw)
+    except UnknownFamilyError:
+        return False, ""
+    try:
+        family.config(raw)
+    except ConfigFieldError as error:
+        return False, f"run by Transformers' own class: {error}"
+    return True, ""
+
+
+def _check_ours(subject: Subject, options: Options) -> None:
+    if subject.raw.get("model_type") != AlibiConfig.model_type:
+        Checkpoint.open(subject.folder, allow_pickle=options.allow_pickle)  # names every tensor that does not fit
+    else:
+        _need_weights(subject, options)
+
+
+def _check_upstream(subject: Subject, options: Options) -> None:
+    if subject.raw.get("model_type") == AlibiConfig.model_type:
+        raise AlibiError(
+            f"{subject.given} has this package's own layout, which no class of upstream reads; name the upstream "
+            "checkpoint that it was made of, or leave the prefix away."
+        )
+    if options.trust_remote_code:
+        _check_pinned(subject, options)
+    try:
+        config = AutoConfig.from_pretrained(str(subject.folder), trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # many kinds: an unknown model_type, code that would have to be run, a wrong field
+        raise _unreadable(subject, error, options) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not options.trust_remote_code:
+        raise AlibiError(
+            f"{subject.given} is a {type(config).__name__}, of which Transformers has no causal language model; "
+            "perplexity needs one."
+        )
+    _need_weights(subject, options)
+
+
+def _unreadable(subject: Subject, error: Exception, options: Options) -> AlibiError:
+    if subject.raw.get("auto_map") and not options.trust_remote_code:
+        return UnsafeSourceError(
+            f"{subject.given} (model_type {subject.raw.get('model_type')!r}) needs code of its own, which is not run "
+            "unless --trust-remote-code is given; of a Hub id at a pinned --revision."
+        )
+    return CheckpointFileError(f"the config of {subject.given} cannot be read: {_first_line(error)}")
+
+
+def _check_pinned(subject: Subject, options: Options) -> None:
+    """Code is run from a folder, or from a commit that the caller names: nothing that can change unseen."""
+    elsewhere = [code for code in (subject.raw.get("auto_map") or {}).values() if "--" in str(code)]
+    if elsewhere:
+        raise UnsafeSourceError(
+            f"{subject.given} runs code of another repository ({elsewhere[0]}), which no revision of its own pins; "
+            "put that code into a local folder beside the weights."
+        )
+    if subject.revision is None:
+        return
+    if not COMMIT.fullmatch(options.revision or ""):
+        raise UnsafeSourceError(
+            f"--trust-remote-code runs code of {subject.given} only at a commit: give its 40 digits as --revision "
+            f"(now {subject.revision}), not {options.revision!r}."
+        )
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(subject.given.removeprefix(UPSTREAM), revision=options.revision, allow_patterns=["*.py"])
+
+
+def _need_weights(subject: Subject, options: Options) -> None:
+    if any(subject.folder.glob("*.safetensors")):
+        return
+    if any(subject.folder.glob("*.bin")):
+        if options.allow_pickle:
+            return
+        raise UnsafeSourceError(
+            f"{subject.given} has its weights in pickles only; --allow-pickle (allow_pickle=True) reads them, with "
+            "weights_only=True."
+        )
+    raise CheckpointFileError(f"{subject.given} has a config.json but no weights (*.safetensors).")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def describe_positions(config: PreTrainedConfig, table: tuple[str, int] | None) -> str:
+    """Return in words how a model tells positions apart, as far as its config and its modules say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = next(iter(rope.values())) if rope and all(isinstance(value, dict) for value in rope.values()) else rope
+    attention = getattr(config, "attn_config", None)
+    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
+    found = ["ALiBi"] if alibi or getattr(attention, "alibi", False) else []
+    if rope.get("rope_theta") and not (alibi and config.model_type != AlibiConfig.model_type):
+        kind = rope.get("rope_type", "default")
+        scaled = "" if kind == "default" else f", {kind} x {rope.get('factor', 1):g}"
+        found.append(f"RoPE (theta {rope['rope_theta']:g}{scaled})")
+    if getattr(config, "sinusoidal_positions", False):
+        found.append("sinusoidal")
+    if table is not None:
+        found.append(f"learned ({table[1]} rows)")
+    if config.model_type == AlibiConfig.model_type and not found:
+        found.append("none")
+    return " + ".join(found) or "not told by its config"
+
+
+def trained_length(config: PreTrainedConfig) -> int | None:
+    """Return the length that a config names as that of training, in tokens."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = [rope.get("original_max_position_embeddings"), *(getattr(config, name, None) for name in names)]
+    return next((int(value) for value in found if isinstance(value, (int, float)) and value > 0), None)
+
+
+__all__ = [
+    "UPSTREAM",
+    "Options",
+    "Subject",
+    "describe_positions",
+    "find_subjects",
+    "load_model",
+    "load_tokenizer",
+    "trained_length",
+]

@@ -65,8 +65,9 @@ class Reading:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Reading:
-        """Return the reading that `asdict` was made of."""
-        return cls(**{**raw, "spans": [Span(**span) for span in raw["spans"]]})
+        """Return the reading that `asdict`, or `to_dict` of its evaluation, was made of."""
+        fields = {name: value for name, value in raw.items() if name != "perplexity"}
+        return cls(**{**fields, "spans": [Span(**span) for span in raw["spans"]]})
 
     @property
     def perplexity(self) -> float | None:

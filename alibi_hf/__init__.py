@@ -32,6 +32,7 @@ from alibi_hf.errors import (
     UnknownFamilyError,
     UnsafeSourceError,
 )
+from alibi_hf.evaluation import Evaluation, evaluate
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import (
     AlibiForCausalLM,
@@ -82,6 +83,7 @@ __all__ = [
     "CheckpointFileError",
     "ConfigFieldError",
     "Conversion",
+    "Evaluation",
     "Export",
     "FamilyList",
     "Inspection",
@@ -94,6 +96,7 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "evaluate",
     "export",
     "inspect_checkpoint",
     "list_families",

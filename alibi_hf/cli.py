@@ -244,6 +244,71 @@ def families(
             _show(found, as_json, quiet=False)
 
 
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or Hub ids of causal models; ALiBi models run in this package's decoder, others, and "
+            "upstream:FOLDER, in Transformers' own class."
+        ),
+    ],
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 text, or a folder of *.txt; give it several times.")],
+    output: Annotated[Path | None, typer.Option(help="The folder to write; default: only show what was found.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Of windows in tokens, such as 256,1024; default: 256 to 8192.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one sliding window to the next; default: half of each length.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only the first so many; default: all.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="What the report calls a model; once for each.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, float64 or auto (as stored); default: float32 on CPU."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda:0.")] = "cpu",
+    revision: Revision = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder whose tokenizer all models take.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code of a local folder, or of a Hub id at a commit (--revision)."
+        ),
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity against length, in non-overlapping and in sliding windows.
+
+    A model that fails at a length is shown as failing there, with the reason.
+    """
+    with _errors(), _progress(quiet or as_json) as progress:
+        report = alibi_hf.evaluate(
+            models,
+            text,
+            _lengths(lengths),
+            stride=stride,
+            max_tokens=max_tokens,
+            names=name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            output=output,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            command=shlex.join(["alibi-hf", *sys.argv[1:]]),
+        )
+        _show(report, as_json, quiet)
+
+
 def _lengths(text: str | None) -> list[int] | None:
     if text is None:
         return None

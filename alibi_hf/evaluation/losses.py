@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from alibi_hf.errors import AlibiError
 from alibi_hf.model.loss_alibi import CHUNK_BYTES, CHUNK_ROWS, GPU_CHUNK_BYTES
@@ -28,17 +27,17 @@ class LossReader:
 
     Args:
         model: a causal language model of Transformers, in evaluation mode.
-        sample: token ids `[tokens]` to try it on, two at least.
+        text: token ids `[tokens]`, two at least; some of them, from all over it, are what it is tried on.
 
     Raises:
         AlibiError: where a token can be seen by those before it: its loss would mean nothing.
     """
 
-    def __init__(self, model: Any, sample: torch.Tensor) -> None:
+    def __init__(self, model: Any, text: torch.Tensor) -> None:
         self.model = model
-        self.decoder = find_decoder(model)
+        self.decoder: Any = None
         self.notes: list[str] = []
-        self._try(sample[:TRIED])
+        self._try(text[torch.linspace(0, len(text) - 1, min(TRIED, len(text))).long()])
 
     @torch.no_grad()
     def losses(self, ids: torch.Tensor, first: int) -> torch.Tensor:
@@ -55,10 +54,10 @@ class LossReader:
         targets = ids[:, first:]
         if self.decoder is None:
             return _cross_entropy(self.model(input_ids=ids, use_cache=False).logits[:, first - 1 : -1], targets)
-        states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
-        return torch.cat(
-            [_cross_entropy(self._head(ids, part), at) for part, at in self._chunks(states, targets)], dim=1
-        )
+        decoded = self.decoder(input_ids=ids, use_cache=False)
+        chunks = self._chunks(decoded.last_hidden_state[:, first - 1 : -1], targets)
+        losses = [_cross_entropy(self._head(self.decoder, ids, decoded, part), at) for part, at in chunks]
+        return torch.cat(losses, dim=1)
 
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         limit = GPU_CHUNK_BYTES if states.is_cuda else CHUNK_BYTES
@@ -66,9 +65,9 @@ class LossReader:
         size = max(1, rows // len(states))
         return zip(states.split(size, dim=1), targets.split(size, dim=1), strict=True)
 
-    def _head(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[windows, tokens, vocab]` of hidden states, as the model's forward makes them."""
-        with _answering(self.decoder, BaseModelOutputWithPast(last_hidden_state=states)):
+    def _head(self, decoder: Any, ids: torch.Tensor, decoded: Any, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[windows, tokens, vocab]` of some hidden states, as the model's forward makes them."""
+        with _answering(decoder, type(decoded)(**{**decoded, "last_hidden_state": states})):
             return self.model(input_ids=ids[:, : states.shape[1]], use_cache=False).logits
 
     @torch.no_grad()
@@ -80,32 +79,36 @@ class LossReader:
             changed[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % whole.shape[-1]
             other = self.model(input_ids=changed, use_cache=False).logits
         except Exception:  # the model's own failure, which reading it will show with its length
-            self.decoder = None
+            return
+        if not torch.isfinite(whole).all():  # which reading it will show, too
             return
         if not _agree(whole[:, :-1], other[:, :-1]):
             raise AlibiError(
                 f"{type(self.model).__name__} is not causal: changing the last of {ids.shape[1]} tokens changes what "
                 "it predicts before it, so that a token's loss would mean nothing. Give a causal language model."
             )
-        if self.decoder is not None and not self._head_agrees(ids, whole):
-            self.decoder = None
+        self.decoder = next(
+            (inner for inner in find_decoders(self.model) if self._head_agrees(inner, ids, whole)), None
+        )
+        if self.decoder is None:
             self.notes.append(
                 f"{type(self.model).__name__} does more between its decoder and its logits than a chunk of tokens "
                 "tells; the logits of a whole window were held at once."
             )
 
-    def _head_agrees(self, ids: torch.Tensor, whole: torch.Tensor) -> bool:
+    def _head_agrees(self, decoder: Any, ids: torch.Tensor, whole: torch.Tensor) -> bool:
         try:
-            states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            return _agree(torch.cat([self._head(ids, part) for part in states.split(TRIED // 2, dim=1)], dim=1), whole)
+            decoded = decoder(input_ids=ids, use_cache=False)
+            parts = decoded.last_hidden_state.split(TRIED // 2, dim=1)
+            return _agree(torch.cat([self._head(decoder, ids, decoded, part) for part in parts], dim=1), whole)
         except Exception:  # a decoder that answers in another way, or a forward that asks for more
             return False
 
 
-def find_decoder(model: Any) -> Any:
-    """Return the part of a model that gives hidden states, or None where there is none by itself."""
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    return inner if isinstance(inner, torch.nn.Module) and inner is not model else None
+def find_decoders(model: Any) -> list[torch.nn.Module]:
+    """Return the parts of a model that may give the hidden states that its forward makes logits of."""
+    found = [getattr(model, model.base_model_prefix or "", None), model.get_decoder()]  # the second in OPT
+    return [inner for inner in found if isinstance(inner, torch.nn.Module) and inner is not model]
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     bound = AGREE.get(expected.dtype, 5e-2)
     found, expected = found.double(), expected.double()
     scale = expected.abs().max()
-    return bool(torch.allclose(found, expected, rtol=0, atol=bound * float(scale), equal_nan=True))
+    return bool(torch.allclose(found, expected, rtol=0, atol=bound * float(scale)))
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -137,4 +140,4 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses.view(targets.shape)
 
 
-__all__ = ["LossReader", "find_decoder"]
+__all__ = ["LossReader", "find_decoders"]

@@ -151,7 +151,7 @@ class _Found:
         self.in_bytes = in_bytes
 
     def tokens(self, most: int | None) -> Tokens:
-        ids, sizes = (torch.tensor(values[:most], dtype=torch.int32) for values in (self.ids, self.sizes))
+        ids, sizes = (torch.frombuffer(values, dtype=torch.int32)[:most] for values in (self.ids, self.sizes))
         return Tokens(ids, sizes, self.notes)
 
 
@@ -175,8 +175,8 @@ def _in_pieces(tokenizer: Any, path: Path) -> Iterator[tuple[list[int], list[int
     """
     if not getattr(tokenizer, "is_fast", False):
         raise _NotLocalError("its tokenizer does not say where tokens begin")
-    blocks, text, start, reached, seen = read_text(path), "", 0, 0, None
-    ended = False
+    seen: list[tuple[int, int]] = []  # ids, and where they begin, of tokens after the end of the piece before
+    blocks, text, start, reached, ended = read_text(path), "", 0, 0, False
     while not ended:
         while len(text) < start + PIECE + CONTEXT and not ended:
             block = next(blocks, None)
@@ -185,14 +185,18 @@ def _in_pieces(tokenizer: Any, path: Path) -> Iterator[tuple[list[int], list[int
         ids, starts, ends = _encode(tokenizer, text[: stop + CONTEXT])
         first = bisect_left(starts, start) if start else 0
         last = len(ids) if ended else bisect_left(starts, stop)
-        overlap = first + len(seen or [])
-        if seen is not None and seen != ids[first:overlap]:
+        if seen != _placed(ids, starts, first, first + len(seen), start):
             raise _NotLocalError("neighbouring pieces do not agree on the tokens between them")
-        seen = ids[last : bisect_left(starts, stop + CONTEXT // 2)]
+        seen = _placed(ids, starts, last, bisect_left(starts, stop + CONTEXT // 2), stop)
         sizes, reached = _byte_sizes(text, ends[first:last], reached)
         yield ids[first:last], sizes
         dropped = max(0, stop - CONTEXT)
         text, start, reached = text[dropped:], stop - dropped, reached - dropped
+
+
+def _placed(ids: list[int], starts: list[int], first: int, last: int, origin: int) -> list[tuple[int, int]]:
+    """Return some tokens and at which character after `origin` each begins."""
+    return [(token, at - origin) for token, at in zip(ids[first:last], starts[first:last], strict=True)]
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ import transformers
 from rich.console import Console
 
 import alibi_hf
+from alibi_hf.compact import finite
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +53,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file; numbers that are not finite become null."""
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-        return _finite(
+        return finite(
             {
                 "schema_version": SCHEMA_VERSION,
                 "benchmark": self.benchmark,
@@ -126,11 +126,3 @@ def _cpu_flags() -> set[str]:
 
 def _cpuinfo() -> str:
     return CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

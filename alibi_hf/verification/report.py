@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from alibi_hf.verification.compact import compact_json
+from alibi_hf.compact import compact_json, finite
 from alibi_hf.verification.page import as_page
 from alibi_hf.verification.render import as_markdown, as_table
 
@@ -121,7 +120,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `verification.json`; numbers that are not finite become null."""
-        return _finite({"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **asdict(self)})
+        return finite({"schema_version": SCHEMA_VERSION, "verdict": self.verdict, **asdict(self)})
 
     def table(self) -> Table:
         """Return the table that the command line prints."""
@@ -135,12 +134,3 @@ class Verification:
         (folder / "verification.md").write_text(as_markdown(self), encoding="utf-8")
         (folder / "verification.html").write_text(as_page(self), encoding="utf-8")
         return folder / "verification.md"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON has no words for, by None."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
 """One page of HTML that needs nothing else, no network, no script, no file beside it: what all reports share."""
 
 from .figures import Figure
-from .page import as_html, definitions, figure_grid, section, table, unordered
+from .page import as_html, definitions, figure_grid, key, section, table, unordered
 
-__all__ = ["Figure", "as_html", "definitions", "figure_grid", "section", "table", "unordered"]
+__all__ = ["Figure", "as_html", "definitions", "figure_grid", "key", "section", "table", "unordered"]

@@ -10,18 +10,25 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from importlib.resources import files
 from io import StringIO
 from typing import Any
 
 # Colours that stand for variables of page.css: matplotlib draws with the one, the page shows the other.
 INK, DIM, LINE, OURS, UPSTREAM, LIMIT = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+SERIES = tuple(f"#0102{16 + number:02x}" for number in range(8))  # of lines that stand for one model each
 VARIABLES = {INK: "ink", DIM: "dim", LINE: "line", OURS: "ours", UPSTREAM: "upstream", LIMIT: "limit"}
+VARIABLES |= {color: f"series-{number}" for number, color in enumerate(SERIES, 1)}
+MARKERS = "osDvP*<h"  # one a colour: nobody has to tell lines apart by colour alone
+DASHES = ("-", "--", "-.", ":")
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.0,
     "text.color": INK,
+    "text.parse_math": False,  # names hold what they like
     "axes.labelcolor": INK,
     "axes.edgecolor": DIM,
     "axes.spines.top": False,
@@ -46,15 +53,58 @@ class Figure:
 
 
 @contextmanager
-def drawing() -> Iterator[bool]:
-    """Give matplotlib this style inside the block; False, and no style, where it is not installed."""
+def drawing(picture: bool = False) -> Iterator[bool]:
+    """Give matplotlib this style inside the block; False, and no style, where it is not installed.
+
+    Args:
+        picture: True for a picture that is a file of its own, in the colours of the page when it is light.
+    """
     try:
         import matplotlib.style
     except ImportError:
         yield False
         return
-    with matplotlib.style.context(STYLE, after_reset=True):
+    style = {name: light(value) for name, value in STYLE.items()} if picture else STYLE
+    with matplotlib.style.context(style, after_reset=True):
         yield True
+
+
+def light(value: Any) -> Any:
+    """Return what page.css shows in light mode for a colour of this module; any other value as it is."""
+    return _light_colors()[VARIABLES[value]] if value in VARIABLES else value
+
+
+@cache
+def _light_colors() -> dict[str, str]:
+    css = (files("alibi_hf.pages") / "page.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"--([\w-]+): (#\w{6})", css.partition("@media")[0]))
+
+
+def line_style(number: int, picture: bool = False) -> dict[str, Any]:
+    """Return how matplotlib draws the line of model `number`, from 0: colours repeat after 8, with other dashes.
+
+    Earlier lines are wider, and still show where a later one covers them. `picture` is that of `drawing`.
+    """
+    of_8 = number % len(SERIES)
+    return {
+        "color": light(SERIES[of_8]) if picture else SERIES[of_8],
+        "marker": MARKERS[of_8],
+        "linestyle": DASHES[(number + number // len(SERIES)) % len(DASHES)],
+        "linewidth": 2.6 - 0.2 * of_8,
+        "markersize": 7.0 - 0.5 * of_8,
+    }
+
+
+def swatch(number: int) -> str:
+    """Return the line of model `number` as a small SVG element, for a key."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(0.6, 0.22))
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.plot([0, 1, 2], [0, 0, 0], **line_style(number))
+    return as_svg(figure, f"line {number + 1}", "As in the figures.")
 
 
 def panel(title: str) -> tuple[Any, Any]:
@@ -101,6 +151,7 @@ def as_svg(figure: Any, title: str, caption: str) -> str:
     for color, name in VARIABLES.items():
         text = text.replace(color, f"var(--{name})")
     label = escape(f"{title}. {caption}")
-    opening = f'<svg viewBox="0 0 {SIZE[0] * 72:g} {SIZE[1] * 72:g}" role="img" aria-label="{label}" '
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}" '
     opening += 'xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)

@@ -50,6 +50,12 @@ def unordered(lines: Iterable[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"
 
 
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """Return what the lines of figures stand for: pairs of a `swatch`, which is SVG already, and a name."""
+    items = "".join(f"<li>{swatch}<span>{escape(name)}</span></li>\n" for swatch, name in entries)
+    return f'<ul class="key">\n{items}</ul>\n'
+
+
 def figure_grid(figures: Sequence[Figure] | None) -> str:
     """Return figures side by side where there is room; None stands for matplotlib that is not installed."""
     if figures is None:

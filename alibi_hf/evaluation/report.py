@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from alibi_hf.checkpoints.writer import write_json
+from rich.console import RenderableType
+
+from alibi_hf.compact import finite
 from alibi_hf.errors import AlibiError
+from alibi_hf.evaluation.files import write_files
+from alibi_hf.evaluation.table import as_table
 
 SCHEMA_VERSION = 1
 Protocol = Literal["non-overlapping", "sliding"]
@@ -74,7 +79,7 @@ class Reading:
         """exp(loss); infinite where that is past a float's range, None where the model failed."""
         if self.loss is None:
             return None
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        return math.inf if self.loss >= 709 else math.exp(self.loss)
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,15 @@ class Evaluation:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `evaluation.json`."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        """The content of `evaluation.json`: the attributes, and the perplexity of each reading.
+
+        Numbers that are not finite become null, as the perplexity of a loss past 709 does, whose loss says what it is.
+        """
+        shown = asdict(self)
+        for model, entry in zip(self.models, shown["models"], strict=True):
+            for reading, found in zip(model.readings, entry["readings"], strict=True):
+                found["perplexity"] = reading.perplexity
+        return finite({"schema_version": SCHEMA_VERSION, **shown})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Evaluation:
@@ -159,9 +171,18 @@ class Evaluation:
         ]
         return cls(**{**fields, "models": models})
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `evaluation.json` into `directory` and return its path."""
-        return write_json(Path(directory) / "evaluation.json", self.to_dict())
+    def table(self) -> RenderableType:
+        """Return what the command line prints."""
+        return as_table(self)
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Write what was found to `directory`, which is made if need be, and return the path of the first file.
+
+        `evaluation.json` and `evaluation.csv` (one row a model, protocol and length) hold all figures, `positions.csv`
+        the loss by position; `evaluation.png` and the page `evaluation.html` show them. Without matplotlib the page has
+        no figures, there is no picture, and both are said.
+        """
+        return write_files(self, Path(directory))
 
 
 __all__ = ["PROTOCOLS", "SCHEMA_VERSION", "Evaluation", "ModelEvaluation", "Protocol", "Reading", "Span"]

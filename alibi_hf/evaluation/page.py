@@ -1,0 +1,155 @@
+"""An evaluation as one page of HTML that needs nothing else: no network, no script, no file beside it.
+
+What comes from models and texts (names, paths, errors) is escaped. The same evaluation gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from alibi_hf.evaluation.findings import (
+    WITHIN,
+    failures,
+    finding,
+    headline,
+    holds_to,
+    of_protocol,
+    telling,
+    tokenizers_differ,
+)
+from alibi_hf.evaluation.page_figures import draw, swatches
+from alibi_hf.evaluation.plot import PANELS, label
+from alibi_hf.evaluation.table import COLUMNS, TOKENIZERS, perplexity, reading_cells
+from alibi_hf.pages import Figure, as_html, definitions, figure_grid, key, section, table, unordered
+
+if TYPE_CHECKING:
+    from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
+
+HOW_TO_READ = (
+    "Windows that do not overlap: a token sees what its window holds before it, half the length on average. Longer "
+    "windows have a smaller share of tokens with little context, and most of what they gain is that (the early-token "
+    "curse); it is no sign that a model uses a long context.",
+    "Sliding window: every token that is counted has nearly the whole length before it, so that what a longer window "
+    "gains is use of context. A flat line is a model that reads past its training length and gains nothing from it.",
+    "The standard error is over windows. All lengths read the same text, and most of it is the text's: it says how far "
+    "another text may lie, not how far two lengths do.",
+    "Perplexities compare models with the same tokenizer only. Bits a byte compare any.",
+)
+
+
+def as_page(report: Evaluation) -> str:
+    """Return the page that `evaluation.html` holds."""
+    figures = draw(report)
+    sections = [_header(report), _figures(report, figures), _by_length(report), _failures(report), _models(report)]
+    return as_html(headline(report), "".join([*sections, _readings(report), _about(report), _notes(report)]))
+
+
+def _header(report: Evaluation) -> str:
+    """What was found, a line a model."""
+    lines = [finding(model) + "." for model in report.models] + [TOKENIZERS] * tokenizers_differ(report)
+    protocols = {reading.protocol for model in report.models for reading in telling(model)}
+    how = " and ".join(PANELS[protocol] for protocol in PANELS if protocol in protocols)
+    rule = f"A model holds to a length if no perplexity up to there is more than {WITHIN:.0%} above its best before it"
+    return f"""<header class="finding">
+<h1>{escape(headline(report))}</h1>
+{unordered(lines)}<p class="dim">{rule.replace("%", " %")}{f" ({how})" if how else ""}.</p>
+</header>
+"""
+
+
+def _figures(report: Evaluation, groups: dict[str, list[Figure]] | None) -> str:
+    if groups is None:
+        return section("Figures", figure_grid(None))
+    pairs = zip(swatches(report), report.models, strict=True)
+    names = key((swatch, label(model, whole=True)) for swatch, model in pairs)
+    drawn = "".join(section(heading, figure_grid(figures)) for heading, figures in groups.items() if figures)
+    return f"<div>\n{names}{drawn}</div>\n" if drawn else ""
+
+
+def _by_length(report: Evaluation) -> str:
+    """Perplexity, a line a model and protocol, a column a length."""
+    lengths = sorted({reading.length for model in report.models for reading in model.readings})
+    if not lengths:
+        return ""
+    columns = ["model", "protocol", "holds to", *(f"{length:,}" for length in lengths)]
+    pairs = [(model, protocol) for model in report.models for protocol in PANELS if of_protocol(model, protocol)]
+    rows = [_row(model, protocol, lengths) for model, protocol in pairs]
+    return section("Perplexity by length", table("Perplexity by length", columns, rows, {}))
+
+
+def _row(model: ModelEvaluation, protocol: Protocol, lengths: list[int]) -> list[str]:
+    readings = of_protocol(model, protocol)
+    held, found = holds_to(readings), {reading.length: reading for reading in readings}
+    return [model.name, protocol, f"{held:,}" if held else "none", *(perplexity(found.get(n)) for n in lengths)]
+
+
+def _failures(report: Evaluation) -> str:
+    lines = [f"{model.name} {line}" for model in report.models for line in failures(model)]
+    return section("What fails, and why", unordered(lines)) if lines else ""
+
+
+def _models(report: Evaluation) -> str:
+    columns = (
+        "model",
+        "positions",
+        "trained at",
+        "class",
+        "parameters",
+        "dtype",
+        "device",
+        "vocabulary",
+        "text, tokens",
+    )
+    rows = [
+        (
+            m.name,
+            m.positions,
+            f"{m.trained_length:,}" if m.trained_length else "not said",
+            m.model_class,
+            f"{m.parameters:,}",
+            m.dtype,
+            m.device,
+            f"{m.vocabulary:,}",
+            f"{m.tokens:,}",
+        )
+        for m in report.models
+    ]
+    return section("Models", table("Models", columns, rows, {}))
+
+
+def _readings(report: Evaluation) -> str:
+    """Every figure of every reading, folded."""
+    rows = [reading_cells(model, reading) for model in report.models for reading in model.readings]
+    if not rows:
+        return ""
+    whole = table("Every reading", COLUMNS, rows, {"ok": "ok", "fails": "failed"})
+    return section("Every reading", f"<details>\n<summary>{len(rows)} readings</summary>\n{whole}</details>\n")
+
+
+def _about(report: Evaluation) -> str:
+    """What was read, where and how."""
+    loaded = [(m.name, m.path_or_id + (f" at {m.revision}" if m.revision else "")) for m in report.models]
+    rows = {
+        "Text": "; ".join(f"{file['name']} ({_of_file(file)})" for file in report.text),
+        "Models": "; ".join(f"{name}: {where}" for name, where in loaded),
+        "Lengths": ", ".join(f"{length:,}" for length in report.lengths),
+        "Machine": ", ".join(f"{name} {value}" for name, value in report.machine.items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "Command": report.command,
+        "Time": f"{report.seconds:,.0f} s",
+    }
+    return section("What was read, and how", definitions(rows))
+
+
+def _of_file(file: dict[str, Any]) -> str:
+    known = {name: f"{value:,}" if isinstance(value, int) else value for name, value in file.items() if name != "name"}
+    return ", ".join(f"{name} {value}" for name, value in known.items())
+
+
+def _notes(report: Evaluation) -> str:
+    notes = [*report.notes, *(f"{model.name}: {note}" for model in report.models for note in model.notes)]
+    return section("Notes", unordered([*notes, *HOW_TO_READ]))
+
+
+__all__ = ["as_page"]

@@ -48,7 +48,10 @@ def value_axis(axes: Any, values: Sequence[float], above: int = 0, below: int = 
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = min(values, default=1.0), max(values, default=1.0)
+    if not values:
+        axes.set_yticks([])
+        return
+    low, high = min(values), max(values)
     logarithmic = high / low > LOGARITHMIC_FROM
     into: Callable[[float], float] = math.log if logarithmic else float
     start, stop = into(low), into(high)

@@ -12,12 +12,7 @@ from alibi_hf.pages.figures import DIM, Figure, as_svg, drawing, line_style, pan
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol, Reading
 
-PERPLEXITY, GAIN, POSITION, BITS = (
-    "Perplexity against length",
-    "What context gains",
-    "Loss by position in the window",
-    "Bits a byte",
-)
+PERPLEXITY, GAIN, POSITION = "Perplexity against length", "What context gains", "Loss by position in the window"
 EXPLAINED = {
     "non-overlapping": "Each window is read by itself: the tokens at its start have little context, and that is a "
     "smaller share of a longer window.",
@@ -34,8 +29,8 @@ def draw(report: Evaluation) -> dict[str, list[Figure]] | None:
         if not any(finite_perplexity(reading) for model in report.models for reading in model.readings):
             return {}
         return {
-            PERPLEXITY: [_perplexity(report, protocol) for protocol in PANELS],
-            BITS: [_bits(report)] if tokenizers_differ(report) else [],
+            PERPLEXITY: [_perplexity(report, protocol) for protocol in PANELS]
+            + [_bits(report)] * tokenizers_differ(report),
             GAIN: [_gain(report)] if any(map(gains, report.models)) else [],
             POSITION: _by_position(report),
         }
@@ -78,21 +73,25 @@ def _gain(report: Evaluation) -> Figure:
     """How much the perplexity without overlap is above that with a sliding window."""
     from matplotlib.ticker import PercentFormatter
 
-    title = "without overlap, above the sliding window"
+    title = "perplexity without overlap, above the sliding one"
     figure, axes = panel(title)
     for place, model in enumerate(report.models):
         draw_line(axes, gains(model).items(), line_style(place))
     token_axis(axes, [length for model in report.models for length in gains(model)])
     axes.axhline(0, color=DIM, linewidth=1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0 if _range(report) > 0.05 else 1))
     axes.set_xlabel("tokens in a window (1k is 1,024)")
-    axes.set_ylabel("perplexity, relative")
     caption = (
         "What the tokens at the start of each window lose for want of context. As windows grow it goes to zero, and "
         "the perplexity without overlap falls by as much with no token read better: the early-token curse. Below zero: "
         "a model that reads worse with more context."
     )
     return Figure(as_svg(figure, title, caption), caption)
+
+
+def _range(report: Evaluation) -> float:
+    found = [gain for model in report.models for gain in gains(model).values()]
+    return max(found) - min(found)
 
 
 def _by_position(report: Evaluation) -> list[Figure]:

@@ -103,7 +103,7 @@ def swatch(number: int) -> str:
     figure.patch.set_alpha(0)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.plot([0, 1, 2], [0, 0, 0], **line_style(number))
+    axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line_style(number))
     return as_svg(figure, f"line {number + 1}", "As in the figures.")
 
 

@@ -65,7 +65,7 @@ def value_axis(axes: Any, values: Sequence[float], above: int = 0, below: int = 
         axes.set_yscale("log", base=10)
         subs = (1, 2, 5) if high / low < 300 else (1,)
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
-        limits = math.exp(limits[0]), math.exp(min(limits[1], 709))
+        limits = math.exp(limits[0]), math.exp(limits[1])
     axes.set_ylim(*limits)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e6 else f"{value:.0e}"))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol, Reading
 
+LARGEST = 1e100  # a perplexity past it is shown, and neither drawn nor compared
 WITHIN = 0.01  # a model holds to a length as long as no perplexity is more than this above its best before
 
 
@@ -25,7 +26,7 @@ def telling(model: ModelEvaluation) -> list[Reading]:
 def finite_perplexity(reading: Reading) -> float | None:
     """Return the perplexity; None where there is none that can be drawn or compared."""
     found = reading.perplexity
-    return found if found is not None and math.isfinite(found) else None
+    return found if found is not None and found <= LARGEST else None
 
 
 def why_none(reading: Reading) -> str:
@@ -34,9 +35,9 @@ def why_none(reading: Reading) -> str:
         return reading.failure
     if reading.loss is None or math.isnan(reading.loss):
         return "the loss is not a number"
-    return (
-        "" if finite_perplexity(reading) is not None else f"the perplexity is infinite, of a loss of {reading.loss:g}"
-    )
+    if math.isinf(reading.perplexity or 0.0):
+        return f"the perplexity is infinite, of a loss of {reading.loss:g}"
+    return "" if finite_perplexity(reading) is not None else f"the perplexity is past {LARGEST:.0e}"
 
 
 def holds_to(readings: Sequence[Reading]) -> int:

@@ -93,7 +93,7 @@ def reading_cells(model: ModelEvaluation, reading: Reading) -> list[str]:
         f"{reading.stride:,}",
         perplexity(reading),
         "" if found is None or error is None else number(found * error),
-        "" if reading.loss is None else f"{reading.loss:.4f}",
+        f"{reading.loss:.4f}" if reading.loss is not None and math.isfinite(reading.loss) else "",
         bits(reading),
         f"{reading.tokens:,}",
         f"{reading.windows:,}",

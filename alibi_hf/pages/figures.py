@@ -25,6 +25,7 @@ MARKERS = "osDvP*<h"  # one a colour: nobody has to tell lines apart by colour a
 DASHES = ("-", "--", "-.", ":")
 STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "alibi-hf",
     "font.family": "sans-serif",
     "font.size": 10.0,
     "text.color": INK,

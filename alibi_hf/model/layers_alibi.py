@@ -15,6 +15,8 @@ from .bias_alibi import Distances
 from .cache_alibi import find_key_norms
 from .positions_alibi import is_tracing
 
+MLP_ROWS = 4096  # tokens that go through an MLP together where nothing is kept for backward: its inside is wide
+
 
 def make_norm(config: Any, size: int | None = None) -> nn.Module:
     """Return the norm that `config` asks for, over `size` (default: `hidden_size`) features."""
@@ -61,8 +63,14 @@ class AlibiMLP(nn.Module):
         """Map `[batch, tokens, hidden]` to the same shape.
 
         While training, the input of the last product is not kept for backward: it is as large as four hidden states,
-        and the activation alone, no product, makes it again.
+        and the activation alone, no product, makes it again. Without gradients many tokens go through in parts.
         """
+        if not torch.is_grad_enabled() and not is_tracing() and hidden_states.shape[:-1].numel() > MLP_ROWS:
+            tokens = max(1, MLP_ROWS // hidden_states.shape[:-2].numel())
+            return torch.cat([self._map(part) for part in hidden_states.split(tokens, dim=-2)], dim=-2)
+        return self._map(hidden_states)
+
+    def _map(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = cast_once(hidden_states)
         up = self.up_proj(hidden_states)
         gate = None if self.gate_proj is None else self.gate_proj(hidden_states)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
+from alibi_hf.model import layers_alibi
 from alibi_hf.model.layers_alibi import AlibiAttention, AlibiMLP
 
 TOKENS, HEADS = 2048, 4
@@ -114,6 +115,25 @@ def test_an_mlp_keeps_no_input_of_its_last_product_while_training(kind):
     assert lean == WIDTH + halves * INNER
     assert full == WIDTH + 2 * halves * INNER
     assert all(torch.equal(one, other) for one, other in zip(gradients, truth, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("shape", [(1, 1000), (3, 333)])
+def test_without_gradients_the_inside_of_an_mlp_is_held_in_parts(
+    kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers_alibi, "MLP_ROWS", 100)
+    torch.manual_seed(0)
+    mlp = AlibiMLP(AlibiConfig(hidden_size=16, intermediate_size=256, num_attention_heads=4, mlp_type=kind)).double()
+    states = torch.randn(*shape, 16, dtype=torch.float64)
+    whole = mlp(states)
+    with torch.no_grad(), LargestTensor() as seen:
+        parts = mlp(states)
+    assert torch.allclose(parts, whole, rtol=0, atol=1e-14) and not torch.equal(parts[:, 1:], parts[:, :-1])
+    assert seen.largest <= max(100 * 256, states.numel()) * 2  # float64 counts twice
+    with LargestTensor() as seen:
+        mlp(states)
+    assert seen.largest >= states[..., 0].numel() * 256 * 2
 
 
 @pytest.mark.parametrize("around", ["act_fn", "down_proj"])

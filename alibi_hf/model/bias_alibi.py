@@ -72,14 +72,21 @@ def bias_dtype(config: Any, dtype: torch.dtype) -> torch.dtype | None:
 
 def scaled_slopes(
     config: Any,
-    key_length: int | torch.Tensor,
+    length: int | torch.Tensor,
     device: torch.device | str | None,
     rounded: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return `config_slopes` divided by `alibi_scaling`, float32 `[num_attention_heads]`.
+    """Return `config_slopes` divided by `alibi_scaling`.
 
-    The divisor is a fixed factor, or `key_length / train_seq_len` where that is above one. Slopes and quotient are
-    rounded to `rounded`, if given. Source: Cerebras' BTLM and Jais, which take the total key length of the call.
+    The divisor is a fixed factor, or `length / train_seq_len` where that is above one. Slopes and quotient are rounded
+    to `rounded`, if given. Source: Cerebras' BTLM and Jais, which take the total key length of the call.
+
+    Args:
+        length: of the text in tokens, up to the last query of the call; or int64 `[batch or 1, heads or 1, queries or
+            1]`, of the text that each query belongs to.
+
+    Returns:
+        float32 `[num_attention_heads]`, or `[batch or 1, num_attention_heads, queries or 1]`.
     """
     slopes = config_slopes(config, device)
     slopes = slopes if rounded is None else slopes.to(rounded).float()
@@ -89,8 +96,8 @@ def scaled_slopes(
     if "factor" in scaling:
         slopes = slopes / scaling["factor"]
     else:
-        length = torch.as_tensor(key_length, dtype=torch.float32, device=device)
-        slopes = slopes / (length / scaling["train_seq_len"]).clamp(min=1.0)
+        divisor = torch.as_tensor(length, dtype=torch.float32, device=device) / scaling["train_seq_len"]
+        slopes = (slopes[:, None] if divisor.dim() else slopes) / divisor.clamp(min=1.0)
     return slopes if rounded is None else slopes.to(rounded).float()
 
 
@@ -116,6 +123,8 @@ class Distances:
 
     Attributes:
         slopes: float32 `[heads]`, positive.
+        query_slopes: float32 `[batch or 1, heads, queries]`, in place of `slopes` where `alibi_scaling` divides those
+            of one text by another number than those of its neighbours; None where `slopes` serve every query.
         query_index: int64 `[queries]`, the index of each query among the keys; causality is `key <= query_index`.
         num_keys: number of keys, a static cache's empty places included.
         offset: index of the first query: an int, or a tensor with a static cache.
@@ -136,6 +145,7 @@ class Distances:
     query_index: torch.Tensor
     num_keys: int
     offset: int | torch.Tensor = 0
+    query_slopes: torch.Tensor | None = None
     query_position: torch.Tensor | None = None
     key_position: torch.Tensor | None = None
     query_document: torch.Tensor | None = None
@@ -153,7 +163,7 @@ class Distances:
     @property
     def by_index(self) -> bool:
         """True where bias and visibility are functions of `query_index - key_index` alone."""
-        special = (self.key_position, self.key_document, self.key_mask, self.custom_mask, self.row)
+        special = (self.query_slopes, self.key_position, self.key_document, self.key_mask, self.custom_mask, self.row)
         return all(value is None for value in special)
 
     @property
@@ -169,13 +179,15 @@ class Distances:
 
     def heads(self, start: int, count: int) -> Distances:
         """Return the distances of `count` heads from head `start` on: what one tensor-parallel rank needs."""
-        mask, row = self.custom_mask, self.row
+        own = slice(start, start + count)
+        mask, row, query_slopes = self.custom_mask, self.row, self.query_slopes
         if mask is not None and mask.shape[1] != 1:
-            mask = mask[:, start : start + count]
+            mask = mask[:, own]
         return self.replace(
-            slopes=self.slopes[start : start + count],
+            slopes=self.slopes[own],
+            query_slopes=None if query_slopes is None else query_slopes[:, own],
             custom_mask=mask,
-            row=None if row is None else row[:, start : start + count],
+            row=None if row is None else row[:, own],
             _kept={},
         )
 
@@ -194,18 +206,26 @@ class Distances:
         """Return a copy with some attributes changed; not `dataclasses.replace`, see below the class."""
         return Distances(**{**vars(self), **changes})
 
-    def bias(self, delta: torch.Tensor) -> torch.Tensor:
+    def slopes_at(self, row: int | torch.Tensor, query: int | torch.Tensor) -> torch.Tensor:
+        """Return the slopes of a query in a row, float32 `[heads]`; where they differ, `[n, heads]` of int64 `[n]`."""
+        if self.query_slopes is None:
+            return self.slopes
+        return self.query_slopes[row if self.query_slopes.shape[0] > 1 else row * 0, :, query]
+
+    def bias(self, delta: torch.Tensor, slopes: torch.Tensor | None = None) -> torch.Tensor:
         """Return minus slope times distance, float32 `[batch or 1, heads, q, k]`.
 
         Args:
             delta: query position minus key position, int `[batch or 1, q, k]`.
+            slopes: of these queries, float32 `[batch or 1, heads, q]`; None: `self.slopes`.
         """
+        slopes = self.slopes[:, None, None] if slopes is None else slopes[..., None]
         if self.rounded is not None:
-            return -(self.slopes[:, None, None].to(self.rounded) * delta[:, None].to(self.rounded)).float()
+            return -(slopes.to(self.rounded) * delta[:, None].to(self.rounded)).float()
         distance = delta[:, None].to(torch.float32)
         if self.sqrt:
             distance = distance.clamp(min=0).sqrt()
-        return -self.slopes[:, None, None] * distance
+        return -slopes * distance
 
     def block(self, start: int, stop: int, num_keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what is added to the scores of queries `start..stop` against the first `num_keys` keys.
@@ -220,7 +240,7 @@ class Distances:
         if whole and (start, stop) in self._kept:
             return self._kept[start, stop]
         bias = self._block_bias(start, stop, num_keys)
-        visible = self._block_visible(start, stop, num_keys)
+        visible = self.visible(start, stop, num_keys)
         if self.custom_mask is not None and self.custom_mask.dtype != torch.bool:
             bias = bias + self.custom_mask[:, :, start:stop, :num_keys]
         bias = bias.masked_fill(~visible, MASKED)
@@ -236,9 +256,10 @@ class Distances:
         query, key = self.query_position, self.key_position
         if query is None or key is None:
             query, key = self.query_index[None], torch.arange(num_keys, device=self.slopes.device)[None]
-        return self.bias(query[:, start:stop, None] - key[:, None, :num_keys])
+        slopes = None if self.query_slopes is None else self.query_slopes[:, :, start:stop]
+        return self.bias(query[:, start:stop, None] - key[:, None, :num_keys], slopes)
 
-    def _block_visible(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
+    def visible(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
         """Return which keys the queries see, bool `[batch or 1, heads or 1, stop - start, num_keys]`."""
         if self.custom_mask is not None:
             mask = self.custom_mask[:, :, start:stop, :num_keys]

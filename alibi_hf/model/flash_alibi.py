@@ -203,10 +203,12 @@ def _ragged(states: States, distances: Distances, dropout: float, options: dict[
     if queries == 1 and _reads_only(states, dropout):
         left_padding = distances.once("left_padding", lambda: find_left_padding(distances))
         if left_padding is not None:
-            return _cached(states, distances, left_padding, options)
+            rows = torch.arange(batch, device=query.device)
+            return _cached(states, distances, left_padding, {**options, "alibi_slopes": distances.slopes_at(rows, 0)})
     lines: Sequences = distances.once("sequences", lambda: find_sequences(distances, batch))
     if lines.max_queries == 0:
         return torch.zeros_like(query)
+    options = {**options, "alibi_slopes": _sequence_slopes(distances, lines, batch * queries)}
     output = flash_package().flash_attn_varlen_func(
         _gather(query, lines.query_places),
         _gather(key, lines.key_places),
@@ -223,6 +225,17 @@ def _ragged(states: States, distances: Distances, dropout: float, options: dict[
         empty = output.new_zeros(batch * queries, *output.shape[1:])
         output = empty.index_copy(0, lines.query_places, output)
     return output.view(query.shape)
+
+
+def _sequence_slopes(distances: Distances, lines: Sequences, tokens: int) -> torch.Tensor:
+    """Return the slopes of all sequences, float32 `[heads]`, or `[sequences, heads]` where each has its own."""
+    if distances.query_slopes is None:
+        return distances.slopes
+    counted = tokens if lines.query_places is None else lines.query_places.numel()
+    first = lines.query_bounds[:-1].long().clamp(max=counted - 1)  # a sequence without queries takes any
+    places = first if lines.query_places is None else lines.query_places[first]
+    queries = distances.query_index.numel()
+    return distances.slopes_at(places // queries, places % queries)
 
 
 def _gather(states: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

@@ -147,6 +147,7 @@ def _padded(distances: Distances, queries: int, keys: int) -> Distances:
     return distances.replace(
         query_index=(index[:1] + torch.arange(queries, device=index.device)).int(),
         num_keys=keys,
+        query_slopes=fill(distances.query_slopes, queries),
         query_position=places(distances.query_position, queries),
         key_position=places(distances.key_position, keys),
         query_document=fill(distances.query_document, queries),
@@ -279,21 +280,23 @@ def _at(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor | i
 
 def _bias_mod(distances: Distances, aligned: bool = False) -> Callable[..., torch.Tensor]:
     """Return the function of (batch, head, query, key) that gives the bias."""
-    slopes, query, key, row = distances.slopes, distances.query_position, distances.key_position, distances.row
+    slopes, own = distances.slopes, distances.query_slopes
+    query, key, row = distances.query_position, distances.key_position, distances.row
     if row is not None:
         return lambda b, h, q, k: row[_at(row, 0, b), h, k].float()
 
-    def of_distance(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    def bias(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        if query is not None and key is not None:
+            delta = query[_at(query, 0, b), q] - key[_at(key, 0, b), k]
+        else:
+            delta = (q if aligned else distances.query_index[q]) - k
+        slope = slopes[h] if own is None else own[_at(own, 0, b), h, q]
         if distances.rounded is not None:
-            return -(slopes[h].to(distances.rounded) * delta.to(distances.rounded)).float()
+            return -(slope.to(distances.rounded) * delta.to(distances.rounded)).float()
         distance = delta.to(torch.float32)
-        return -slopes[h] * (distance.clamp(min=0).sqrt() if distances.sqrt else distance)
+        return -slope * (distance.clamp(min=0).sqrt() if distances.sqrt else distance)
 
-    if query is None or key is None:
-        if aligned:
-            return lambda b, h, q, k: of_distance(h, q - k)
-        return lambda b, h, q, k: of_distance(h, distances.query_index[q] - k)
-    return lambda b, h, q, k: of_distance(h, query[_at(query, 0, b), q] - key[_at(key, 0, b), k])
+    return bias
 
 
 def _visible_mod(distances: Distances, aligned: bool = False) -> Callable[..., torch.Tensor]:

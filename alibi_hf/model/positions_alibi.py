@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .bias_alibi import Distances, bias_dtype, rounded_row, scaled_slopes
+from .scaling_alibi import text_lengths
 
 
 def is_tracing() -> bool:
@@ -180,7 +182,7 @@ def make_distances(
         _use_padding_mask(distances, attention_mask)
     if documents is not None:
         _use_documents(distances, documents)
-    _refuse_scaling(config, distances)
+    _use_text_lengths(distances, config, text_lengths)
     _use_rounding(distances, config, embeds.dtype)
     return distances
 
@@ -216,7 +218,7 @@ def make_paged_distances(config: Any, embeds: torch.Tensor, kwargs: dict, attent
         rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
     )
-    _refuse_scaling(config, distances)
+    _use_text_lengths(distances, config, lambda _: bounds_k.diff()[request_q][None, None])
     _use_rounding(distances, config, embeds.dtype)
     return distances
 
@@ -265,18 +267,21 @@ def _use_documents(distances: Distances, documents: torch.Tensor) -> None:
     distances.query_position = distances.key_position = positions
 
 
-def _refuse_scaling(config: Any, distances: Distances) -> None:
-    """Dynamic scaling is by the length of the call: padding or neighbours in it would change how a text is read."""
-    if config.alibi_scaling is None or "train_seq_len" not in config.alibi_scaling or is_tracing():
+def _use_text_lengths(
+    distances: Distances, config: Any, find_lengths: Callable[[Distances], torch.Tensor | None]
+) -> None:
+    """Scale by the length of each text, as if it were alone: neither padding nor neighbours change how it is read.
+
+    Args:
+        find_lengths: gives int `[batch or 1, heads or 1, queries or 1]`, as `text_lengths` does.
+    """
+    trained = (config.alibi_scaling or {}).get("train_seq_len")
+    if trained is None or (not is_tracing() and distances.num_keys <= trained):  # no text of the call is longer
         return
-    end = int(distances.offset) + distances.query_index.numel()
-    padded = distances.key_mask is not None and not bool(distances.key_mask[:, :end].all())
-    if padded or distances.key_document is not None or distances.custom_mask is not None:
-        raise ValueError(
-            f"alibi_scaling={config.alibi_scaling} divides the slopes by the length of the call, so padded rows, "
-            "packed documents, custom masks and generate_batch would change the answer; read one text at a time, or "
-            "use a fixed factor."
-        )
+    lengths = find_lengths(distances)
+    if lengths is not None:
+        slopes = scaled_slopes(config, lengths, distances.slopes.device, distances.rounded)
+        distances.query_slopes = slopes.expand(-1, -1, distances.query_index.numel())
 
 
 def _use_rounding(distances: Distances, config: Any, dtype: torch.dtype) -> None:

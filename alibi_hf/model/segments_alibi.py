@@ -126,25 +126,31 @@ def attend_segments(
         _take(states, counts, [[segment.keys for segment in group.segments] for group in rows])
         for states in (key, value)
     )
+    first_rows = itertools.accumulate(counts, initial=0)
+    segments = [(row, segment) for row, group in zip(first_rows, rows, strict=False) for segment in group.segments]
     alike: dict[tuple[int, int], list[int]] = {}
-    for index, segment in enumerate(segment for group in rows for segment in group.segments):
+    for index, (_, segment) in enumerate(segments):
         alike.setdefault(segment.extent, []).append(index)
     outputs = list(queries)
     for extent, members in alike.items():
         q, k, v = (_join([pieces[index] for index in members], dim=0) for pieces in (queries, keys, values))
-        output = attend(q, k, v, _by_index(distances, *extent))
+        output = attend(q, k, v, _by_index(distances, *extent, *segments[members[0]]))
         for index, piece in zip(members, output.split([queries[index].shape[0] for index in members]), strict=True):
             outputs[index] = piece
     return _put_back(outputs, rows, query.shape[2], value.new_zeros(1, query.shape[1], 1, value.shape[3]))
 
 
-def _by_index(distances: Distances, queries: int, keys: int) -> Distances:
-    """Return the distances of a document of which the last `queries` of `keys` tokens are queries."""
+def _by_index(distances: Distances, queries: int, keys: int, row: int, segment: Segment) -> Distances:
+    """Return the distances of a document of which the last `queries` of `keys` tokens are queries.
+
+    Args:
+        row, segment: one such document, and the row it is in: all of them have its slopes, scaled by length or not.
+    """
     kept = distances._kept
     if (queries, keys, "alone") not in kept:
         offset = keys - queries
         kept[queries, keys, "alone"] = Distances(
-            slopes=distances.slopes,
+            slopes=distances.slopes_at(row, segment.queries[0][0]),
             query_index=torch.arange(queries, device=distances.slopes.device) + offset,
             num_keys=keys,
             offset=offset,

@@ -43,7 +43,8 @@ def single_attention(
 def _plan(query: torch.Tensor, key: torch.Tensor, norms: KeyNorms, distances: Distances, scaling: float) -> list[Group]:
     eps = distances.window_eps or default_eps(query.dtype, gradients=False)
     jensen = key.shape[2] >= JENSEN_KEYS
-    windows = decode_windows(query, key, norms, distances.slopes, scaling, eps, jensen)
+    slopes = distances.slopes if distances.query_slopes is None else distances.query_slopes[..., 0]
+    windows = decode_windows(query, key, norms, slopes, scaling, eps, jensen)
     windows = windows.unflatten(0, (key.shape[1], -1)).amax(-1)
 
     def cost(group: Group) -> int:

@@ -99,7 +99,7 @@ def _gaps(
 
 
 def windows_of_gap(gap: torch.Tensor, slopes: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return the window of each head, float32 `[heads]`, from `head_gaps`."""
+    """Return the window of each head, float32 as `gap`: `[heads]`, from `head_gaps`, or `[batch, heads]`."""
     tail = -torch.log(-torch.expm1(-slopes))
     windows = (gap + math.log(1 / eps) + tail) / slopes
     return torch.nan_to_num(windows, nan=torch.inf, posinf=torch.inf).clamp(min=BLOCK)
@@ -196,6 +196,7 @@ def decode_windows(
     Args:
         query: `[batch, heads, 1, dim]`; key: `[batch, key/value heads, keys, dim]`, the last `BLOCK` of which it sees.
         norms: of these keys.
+        slopes: float32 `[heads]`, or `[batch or 1, heads]` where rows have their own.
     """
     heads = query[:, :, 0].float().unflatten(1, (key.shape[1], -1))  # [batch, key/value heads, group, dim]
     recent = (key[:, :, -BLOCK if jensen else -1 :] - norms.centre).float()
@@ -203,8 +204,8 @@ def decode_windows(
     lower = torch.linalg.vecdot(heads, recent[:, :, -1:]) * scaling
     if jensen:
         count = recent.shape[2]
-        distance = slopes.unflatten(0, (key.shape[1], -1)) * ((count - 1) / 2)
+        distance = slopes.unflatten(-1, (key.shape[1], -1)) * ((count - 1) / 2)
         mean = torch.linalg.vecdot(heads, recent.mean(2, keepdim=True)) * scaling
         lower = torch.maximum(lower, mean + (math.log(count) - distance))
     gap = largest * (abs(scaling) * (1 + ROUNDING)) - lower
-    return windows_of_gap(gap.amax(0).flatten(), slopes, eps)
+    return windows_of_gap(gap.flatten(1), slopes, eps).amax(0)

@@ -1,6 +1,7 @@
 """BTLM and Jais: config in both dialects, layout, stored slopes, scaling by length, rounding, and parity with the
 formulas."""
 
+import itertools
 import json
 
 import pytest
@@ -270,12 +271,24 @@ def test_scaling_by_length_in_prefill_and_decode(calls, tmp_path):
     assert distance(btlm.logits(btlm.write(tmp_path / "plain"), tokens), expected) > 1e-3
 
 
-def test_scaling_by_length_refuses_padding(tmp_path):
-    model, tokens = load_foreign(AlibiForCausalLM, btlm.write(tmp_path, raw=DYNAMIC)), ids()
+@torch.no_grad()
+def test_scaling_by_length_reads_padded_rows_as_upstream_reads_them_alone(tmp_path):
+    folder, tokens = btlm.write(tmp_path, raw=DYNAMIC), ids(3, length=60)
+    model = load_foreign(AlibiForCausalLM, folder, dtype=torch.float64).eval()
     mask = torch.ones_like(tokens)
-    mask[0, :3] = 0
-    with pytest.raises(ValueError, match="alibi_scaling"):
-        model(tokens, attention_mask=mask)
+    mask[0, :25], mask[1, 10:55] = 0, 0  # 35 tokens, 15 and 60: below and above the 16 of training
+    kept, calls = mask.bool(), [50, *[1] * 10]
+    assert distance(model(tokens, attention_mask=mask).logits[kept], btlm.logits(folder, tokens, mask)[kept]) < 1e-10
+    cache, found = None, []
+    for end, part in zip(itertools.accumulate(calls), tokens.split(calls, dim=1), strict=True):
+        output = model(part, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    logits = torch.cat(found, dim=1)
+    for row, keep in enumerate(kept):
+        own = [int(part.sum()) for part in keep.split(calls) if part.any()]
+        alone = btlm.logits(folder, tokens[row, keep][None], calls=own)
+        assert distance(logits[row, keep][None], alone) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

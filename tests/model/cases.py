@@ -114,15 +114,15 @@ def documents(*lengths: int) -> list[torch.Tensor]:
 
 
 @functools.cache
-def _expected(case: str, tokens: tuple[int, ...], single: bool) -> Decoded:
+def _expected(case: str, tokens: tuple[int, ...], single: bool, calls: tuple[int, ...]) -> Decoded:
     model = build(case, backend="eager")
     with torch.no_grad():
-        return decode(model.state_dict(), model.config.to_dict(), torch.tensor(tokens), single)
+        return decode(model.state_dict(), model.config.to_dict(), torch.tensor(tokens), single, calls)
 
 
-def expected(case: str, document: torch.Tensor, single: bool = True) -> Decoded:
-    """Return the reference's answer for one document of a case."""
-    return _expected(case, tuple(document.tolist()), single)
+def expected(case: str, document: torch.Tensor, single: bool = True, calls: Sequence[int] = ()) -> Decoded:
+    """Return the reference's answer for one document of a case; `calls`: tokens of each call, all in one if empty."""
+    return _expected(case, tuple(document.tolist()), single, tuple(calls))
 
 
 def check(
@@ -131,10 +131,12 @@ def check(
     case: str,
     texts: Sequence[torch.Tensor],
     tolerance: float | None = None,
+    calls: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Assert that the model, fed in one way, gives each document the reference's logits.
 
-    The bound is relative to the largest logit, for the dtype of the model.
+    The bound is relative to the largest logit, for the dtype of the model. Where it matters how many tokens of a
+    document each call reads, `calls` says so.
     """
     bound = tolerance or TOLERANCE[model.dtype]
     if model.config.alibi_distance == "sqrt":
@@ -142,8 +144,8 @@ def check(
     with torch.no_grad():
         found = feed(model, texts)
     assert len(found) == len(texts)
-    for text, logits in zip(texts, found, strict=True):
-        assert_close(logits, expected(case, text).logits, bound)
+    for text, logits, own in zip(texts, found, calls or [()] * len(texts), strict=True):
+        assert_close(logits, expected(case, text, calls=own).logits, bound)
 
 
 def assert_close(found: torch.Tensor, truth: torch.Tensor, bound: float) -> None:

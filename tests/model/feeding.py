@@ -240,3 +240,26 @@ FEEDS: dict[str, Feed] = {
     "mask_4d_infinity": custom_mask("infinity"),
     "mask_4d_minimum": custom_mask("minimum"),
 }
+
+# How many tokens the calls of a feed read, the last number repeating; the others read each document in one call.
+PIECES = {
+    "tokens_dynamic": (1,),
+    "tokens_static": (1,),
+    "chunks_dynamic": CHUNKS,
+    "chunks_static": CHUNKS,
+    "chunks_shifted_positions": CHUNKS,
+    "left_dynamic": (9, 1),
+    "left_static": (9, 1),
+    "interior_dynamic": CHUNKS,
+    "interior_static": CHUNKS,
+}
+
+
+def calls_of(feed: str, texts: Texts) -> list[list[int]] | None:
+    """Return for each document how many of its tokens each call of a feed reads; None: all in one."""
+    if feed not in PIECES:
+        return None
+    side = feed.split("_")[0]
+    masks = pad(texts, side)[1] if side in ("left", "interior") else [torch.ones_like(text) for text in texts]
+    counts = [[int(mask[piece].sum()) for piece in _pieces(len(mask), PIECES[feed])] for mask in masks]
+    return [[count for count in row if count] for row in counts]

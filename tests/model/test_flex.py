@@ -157,7 +157,7 @@ def random_rows(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_documents_and_padding_lose_no_key(masked: bool, seed: int) -> None:
     document, mask = random_rows(900, seed)
     distances = make_distances(900, document=document, mask=mask if masked else None)
-    visible = distances._block_visible(0, 900, 900)[:, 0]
+    visible = distances.visible(0, 900, 900)[:, 0]
     partial, full = lists_of(distances)
     some, every = blocks_of(visible)
     assert not (some & ~(partial | full)[:, 0]).any(), "a block that is needed is not read"
@@ -172,7 +172,7 @@ def test_documents_and_padding_lose_no_key(masked: bool, seed: int) -> None:
 
 def test_documents_in_any_order_lose_no_key() -> None:
     document = torch.tensor([7, 3, 7, 0]).repeat_interleave(200)[None]
-    visible = make_distances(800, document=document)._block_visible(0, 800, 800)[:, 0]
+    visible = make_distances(800, document=document).visible(0, 800, 800)[:, 0]
     partial, full = lists_of(make_distances(800, document=document))
     some, every = blocks_of(visible)
     assert not (some & ~(partial | full)[:, 0]).any() and not (full[:, 0] & ~every).any()

@@ -1,4 +1,4 @@
-"""What would silently change the answer is refused by name: lengths that do not fit, scaling by a padded length, ..."""
+"""What would silently change the answer is refused by name: lengths that do not fit, labels that are no tokens, ..."""
 
 import pytest
 import torch
@@ -7,9 +7,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM, AlibiForTokenClassification
 from tests.model.cases import assert_close, build, documents
-from tests.model.feeding import flattened, pad
-
-SCALED = {"alibi_scaling": {"type": "linear", "train_seq_len": 10}}
+from tests.model.feeding import flattened
 
 
 @pytest.mark.parametrize("length", [19, 21])
@@ -132,19 +130,6 @@ def test_a_batch_without_labels_is_named(caplog: pytest.LogCaptureFixture) -> No
     for labels in (torch.full((3, 7), -100), ids.masked_fill(torch.arange(7) > 0, -100)):  # no token predicts the first
         assert build("six")(ids, labels=labels).loss.isnan()
     assert "No token of a batch (3, 7) has a label other than -100 to predict" in caplog.text
-
-
-def test_scaling_by_length_where_the_call_holds_more_than_one_text() -> None:
-    model, texts = build("six", **SCALED), documents(20, 12)
-    ids, mask = pad(texts, "left")
-    flat = flattened(texts)
-    packed = {name: flat[name] for name in ("input_ids", "position_ids")}
-    for inputs in ({"input_ids": ids, "attention_mask": mask}, packed):
-        with pytest.raises(ValueError, match="alibi_scaling"):
-            model(**inputs)
-    model(texts[0][None], attention_mask=torch.ones(1, 20))
-    static = model.generate(texts[0][None], cache_implementation="static", max_new_tokens=3, do_sample=False)
-    assert torch.equal(static, model.generate(texts[0][None], max_new_tokens=3, do_sample=False))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ STEEP = {
     "alibi_slopes": [8.0, 5.0, 6.0, 3.0, 0.5, 0.0],
 }
 WINDOWED = {"steep": STEEP, "steep_grouped": {**STEEP, "num_key_value_heads": 3, **ALL_BIASES}}
+SCALED = {**STEEP, "num_key_value_heads": 3, "alibi_scaling": {"type": "linear", "train_seq_len": 16}}
 TEXTS = (23, 40, 1, 17)
 MASKED_FEEDS = ("mask_4d_bool", "mask_4d_infinity", "mask_4d_minimum")
 # Static caches, and rows of a batch that have fewer tokens than a block.
@@ -87,7 +88,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         (single_alibi, "_plan", counting(single_alibi._plan)),
     ):
         monkeypatch.setattr(module, name, value)
-    for case, fields in WINDOWED.items():
+    for case, fields in {**WINDOWED, "scaled": SCALED}.items():
         monkeypatch.setitem(CASES, case, fields)
     return counted
 
@@ -144,7 +145,7 @@ def half_in_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(single_alibi, "decode_windows", lambda *args: right(*args) / 2)
 
 
-half, another_head = wrong_windows(lambda windows: windows / 2), wrong_windows(lambda windows: windows.flip(0))
+half, another_head = wrong_windows(lambda windows: windows / 2), wrong_windows(lambda windows: windows.flip(-1))
 MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Feed]] = {
     "half": (half, whole),
     "half_packed": (half, packed("position_ids")),
@@ -165,6 +166,36 @@ def test_a_wrong_window_fails_the_check(case: str, mistake: str, monkeypatch: py
     patch(monkeypatch)
     with pytest.raises(AssertionError, match="of the largest value"):
         check(model, feed, case, texts)
+
+
+def of_unscaled_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the windows of slopes before they are divided: those are shorter."""
+    right, slopes = window_alibi.windows_of_gap, torch.tensor(SCALED["alibi_slopes"])
+
+    def wrong(gap: torch.Tensor, scaled: torch.Tensor, eps: float) -> torch.Tensor:
+        return right(gap, slopes, eps)
+
+    monkeypatch.setattr(window_alibi, "windows_of_gap", wrong)
+
+
+# Ways of feeding, and how many tokens of `PADDED_TEXTS` each call reads.
+SCALED_FEEDS: dict[str, tuple[Feed, list[list[int]] | None]] = {
+    "whole": (whole, None),
+    "packed": (packed("position_ids"), None),
+    "padded": (padded("left"), None),
+    "decoding": (cached("dynamic", (1,)), [[1] * 29, [1] * 40]),
+    "padded_decoding": (left_padded, [[14, *[1] * 15], [25, *[1] * 15]]),
+}
+
+
+@pytest.mark.parametrize("feed", SCALED_FEEDS)
+def test_windows_are_those_of_scaled_slopes(feed: str, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    (function, calls), model, texts = SCALED_FEEDS[feed], build("scaled"), documents(*PADDED_TEXTS)
+    check(model, function, "scaled", texts, calls=calls)
+    assert work.planned < work.dense and bool(work.decoded) == ("decoding" in feed)
+    of_unscaled_slopes(monkeypatch)
+    with pytest.raises(AssertionError, match="of the largest value"):
+        check(model, function, "scaled", texts, calls=calls)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """A plain float64 decoder with ALiBi, written from the formulas to be obviously right; no code of the package is in it.
 
 One document at a time, one head at a time, no cache, no mask, no batch. Whatever way the package is fed, each document
-has to give these logits.
+has to give these logits. Where slopes are divided by the length of the call, a query has the length at the end of the
+call that reads it; what it computes is then kept for the calls after, so that one pass says what a cache would.
 
 The package forms slope, distance and their product in float32 on purpose. With `single=True` each of those three is
 rounded to float32 here too, so that everything else can be compared at float64's own precision; with `single=False`
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +41,20 @@ def paper_slopes(heads: int, bias_max: float = 8.0) -> list[float]:
     return paper_slopes(below, bias_max) + paper_slopes(2 * below, bias_max)[0::2][: heads - below]
 
 
-def decode(state: State, fields: Fields, tokens: torch.Tensor, single: bool = True) -> Decoded:
+def decode(
+    state: State, fields: Fields, tokens: torch.Tensor, single: bool = True, calls: Sequence[int] = ()
+) -> Decoded:
     """Return what the decoder computes for the one document `tokens`, int64 `[tokens]`, all in float64.
 
     Args:
         state: the state dict of an `AlibiForCausalLM`, in any dtype.
         fields: the fields of its config.
         single: round slope, distance and their product to float32.
+        calls: tokens that each call reads; all of them are read in one if empty.
     """
+    calls = calls or [len(tokens)]
+    assert sum(calls) == len(tokens)
+    ends = [sum(calls[: number + 1]) for number, size in enumerate(calls) for _ in range(size)]
     x = state["model.embed_tokens.weight"].double()[tokens]
     if fields["embedding_scale"] is not None:
         x = x * fields["embedding_scale"]
@@ -57,7 +64,7 @@ def decode(state: State, fields: Fields, tokens: torch.Tensor, single: bool = Tr
     for layer in range(fields["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         normed = norm(state, fields, f"{name}.input_layernorm", x)
-        attended, layer_weights = attend(state, fields, f"{name}.self_attn", normed, single)
+        attended, layer_weights = attend(state, fields, f"{name}.self_attn", normed, single, ends)
         x = (normed if fields["residual_from_norm"] else x) + attended
         normed = norm(state, fields, f"{name}.post_attention_layernorm", x)
         x = (normed if fields["residual_from_norm"] else x) + mlp(state, fields, f"{name}.mlp", normed)
@@ -71,7 +78,9 @@ def decode(state: State, fields: Fields, tokens: torch.Tensor, single: bool = Tr
     return Decoded(cap(logits, fields["final_logit_softcapping"]), hidden, attention, weights)
 
 
-def attend(state: State, fields: Fields, name: str, x: torch.Tensor, single: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    state: State, fields: Fields, name: str, x: torch.Tensor, single: bool, ends: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the attention output `[tokens, hidden]` and the weights `[heads, tokens, tokens]`."""
     heads, groups, dim = fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"]
     q, k, v = (linear(state, f"{name}.{part}_proj", x) for part in "qkv")
@@ -89,14 +98,18 @@ def attend(state: State, fields: Fields, name: str, x: torch.Tensor, single: boo
     for head in range(heads):
         group = head // (heads // groups)
         scores = cap(scale * q[:, head] @ k[:, group].T, fields["attn_logit_softcapping"])
-        scores = scores + bias(fields, head, len(x), single)
+        scores = scores + bias(fields, head, ends, single)
         all_weights.append(scores.masked_fill(future, -torch.inf).softmax(-1))
         outputs.append(all_weights[-1] @ v[:, group])
     return linear(state, f"{name}.o_proj", torch.cat(outputs, dim=-1)), torch.stack(all_weights)
 
 
-def bias(fields: Fields, head: int, tokens: int, single: bool) -> torch.Tensor:
-    """Return what ALiBi adds to the scores of one head, `[tokens, tokens]`: minus slope times (i - j)."""
+def bias(fields: Fields, head: int, ends: Sequence[int], single: bool) -> torch.Tensor:
+    """Return what ALiBi adds to the scores of one head, `[tokens, tokens]`: minus slope times (i - j).
+
+    `ends` says for each query how many tokens there are when it is read.
+    """
+    tokens = len(ends)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.float().double() if single else value
@@ -113,7 +126,8 @@ def bias(fields: Fields, head: int, tokens: int, single: bool) -> torch.Tensor:
     if "factor" in scaling:
         slope = rounded(slope / scaling["factor"])
     if "train_seq_len" in scaling:
-        slope = rounded(slope / rounded(torch.tensor(max(1.0, tokens / scaling["train_seq_len"]))))
+        scales = torch.tensor([[max(1.0, end / scaling["train_seq_len"])] for end in ends], dtype=torch.float64)
+        slope = rounded(slope / rounded(scales))
     return -rounded(slope * distance)
 
 

@@ -2,9 +2,10 @@
 
 Scores and softmax are float64; the bias is formed in float32 and rounded there, as the kernels form it. As documented:
 causality is aligned at the last query and the last key, a window `(left, right)` is relative to that alignment, -1 or a
-window of all keys is none, slopes are positive and float32, rows that see nothing give zeros, and grouped heads share
-keys in order. As in `csrc/flash_attn`: without a window, causal attention adds slope times key index instead of minus
-slope times |i - j|, and the soft cap comes before either.
+window of all keys is none, slopes are positive and float32, of all sequences or of each (also where they lie behind one
+another), rows that see nothing give zeros, and grouped heads share keys in order. As in `csrc/flash_attn`: without a
+window, causal attention adds slope times key index instead of minus slope times |i - j|, and the soft cap comes before
+either.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def flash_attn_func(
     """Return `[batch, queries, heads, dim]` for q of that shape and k, v `[batch, keys, key/value heads, dim]`."""
     assert q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] and k.shape == v.shape
     window = closed_window(window_size, k.shape[1])
+    slopes = slopes_of(alibi_slopes, len(q))
     rows = [
-        attend(*row, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-        for row in zip(q, k, v, strict=True)
+        attend(*row, dropout_p, softmax_scale, causal, window, softcap, own)
+        for *row, own in zip(q, k, v, slopes, strict=True)
     ]
     return torch.stack(rows)
 
@@ -68,9 +70,10 @@ def flash_attn_varlen_func(
     window = closed_window(window_size, max_seqlen_k)
     outputs = [q[:0]]
     spans = (torch.stack([bounds[:-1], bounds[1:]], dim=1).tolist() for bounds in (cu_seqlens_q, cu_seqlens_k))
-    for (q_start, q_end), (k_start, k_end) in zip(*spans, strict=True):
+    slopes = slopes_of(alibi_slopes, len(cu_seqlens_q) - 1)
+    for (q_start, q_end), (k_start, k_end), own in zip(*spans, slopes, strict=True):
         states = q[q_start:q_end], k[k_start:k_end], v[k_start:k_end]
-        outputs.append(attend(*states, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes))
+        outputs.append(attend(*states, dropout_p, softmax_scale, causal, window, softcap, own))
     return torch.cat(outputs)
 
 
@@ -99,13 +102,13 @@ def flash_attn_with_kvcache(
     assert k is None and v is None and block_table is None, "this stand-in only reads"
     assert not (torch.is_grad_enabled() and any(states.requires_grad for states in (q, k_cache, v_cache)))
     window = closed_window(window_size, k_cache.shape[1])
-    rows = []
+    rows, slopes = [], slopes_of(alibi_slopes, len(q))
     for row, states in enumerate(q):
         start = 0 if cache_leftpad is None else int(int32(cache_leftpad)[row])
         end = int(int32(cache_seqlens)[row])
         assert 0 <= start <= end <= k_cache.shape[1]
         filled = k_cache[row, start:end], v_cache[row, start:end]
-        rows.append(attend(states, *filled, 0.0, softmax_scale, causal, window, softcap, alibi_slopes))
+        rows.append(attend(states, *filled, 0.0, softmax_scale, causal, window, softcap, slopes[row]))
     return torch.stack(rows)
 
 
@@ -113,6 +116,14 @@ def int32(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, which has to be int32 and contiguous."""
     assert tensor.dtype == torch.int32 and tensor.is_contiguous()
     return tensor
+
+
+def slopes_of(alibi_slopes: torch.Tensor | None, sequences: int) -> list[torch.Tensor | None]:
+    """Return the slopes of each row of a batch or each sequence, from `[heads]` or `[sequences, heads]`."""
+    if alibi_slopes is None or alibi_slopes.dim() == 1:
+        return [alibi_slopes] * sequences
+    assert len(alibi_slopes) == sequences
+    return list(alibi_slopes)
 
 
 def closed_window(window_size: tuple[int, int], longest_keys: int) -> tuple[int, int]:

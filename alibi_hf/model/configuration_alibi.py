@@ -65,8 +65,8 @@ class AlibiConfig(PreTrainedConfig):
         alibi_slopes (`list[float]`, *optional*): one positive slope a query head, used instead of the formula.
         alibi_distance (`"linear"` or `"sqrt"`): the bias is minus slope times distance, or times its square root.
         alibi_scaling (`dict`, *optional*): `{"type": "linear", "factor": f}` divides the slopes by `f`;
-            `{"type": "linear", "train_seq_len": n}` by `key length / n` once the key length of the call passes `n`,
-            so that, as upstream, decoding changes the slopes with every token.
+            `{"type": "linear", "train_seq_len": n}` by `length / n` once the length of a text passes `n`: its unmasked
+            tokens up to the last query of the call, so that, as upstream, decoding changes the slopes with every token.
         alibi_rounding (`"exact"`, `"bloom"`, `"falcon"`, `"baichuan"` or `"jais"`): `"exact"` is ALiBi in float32 on
             relative distances; the others round slopes and bias bit for bit as upstream's class of that family does
             (`"jais"`: BTLM's and Jais', which round both to the dtype of the model).

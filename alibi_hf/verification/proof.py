@@ -217,8 +217,8 @@ def _notes(
         notes.append(f"nothing beyond the training length of {trained} tokens was run ({chosen}); give lengths= for it")
     if depends_on_call(checkpoint.config):
         notes.append(
-            "alibi_scaling divides the slopes by the length of the call: padded rows have no answer and are not run, "
-            "and the truth of cached decode is upstream's own cached decode in float64"
+            "alibi_scaling divides the slopes by the length of the text: padded rows, to upstream as long "
+            "as their batch, are not run, and the truth of cached decode is upstream's own cached decode in float64"
         )
     if not reference.has_cache:
         notes.append("the reference has no cache: upstream's decoding and generation are its whole rows")

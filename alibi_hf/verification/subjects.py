@@ -41,7 +41,7 @@ def longer_fields(reference: Reference, length: int) -> dict[str, Any]:
 
 
 def depends_on_call(config: AlibiConfig) -> bool:
-    """True where the slopes depend on how many tokens a call has: neither padding nor a cache leaves logits alone."""
+    """True where slopes depend on how many tokens a call has: upstream's padding and anyone's cache change logits."""
     return config.alibi_scaling is not None and "train_seq_len" in config.alibi_scaling
 
 

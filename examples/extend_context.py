@@ -9,8 +9,8 @@ was trained on with it. Without arguments `checkpoints/sotu-bloom` goes from 256
 weights on the same rows; perplexity on held-out documents is measured at 256 to 4,096 tokens before and after.
 `--output_dir` then holds `as-they-were/` and `scaled/`, which load with `trust_remote_code=True`.
 
-Rows are packed, so the factor is fixed, {"type": "linear", "factor": new / old}: scaling by "train_seq_len" follows the
-length of the call, which in a packed row is not that of any document, and is refused there.
+The factor is fixed, {"type": "linear", "factor": new / old}: scaling by "train_seq_len" would follow the length of each
+document of a packed row, and few of them are as long as the row.
 """
 
 from __future__ import annotations

@@ -95,8 +95,7 @@ def merge_and_export(trainer: AlibiTrainer, target: str | None, tokens: torch.Te
     output = Path(trainer.args.output_dir)
     adapted = copy.deepcopy(trainer.model)
     merged = trainer.model.merge_and_unload()
-    for name, value in trainer.own_config.items():  # what training had set aside
-        setattr(merged.config, name, value)
+    merged.config.use_cache = trainer.use_cache  # training had set it aside
     merged.save_pretrained(output / "merged")
     trainer.processing_class.save_pretrained(output / "merged")
     found = {"merged, from adapted": difference(merged, adapted, tokens)}

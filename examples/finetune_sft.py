@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 from alibi_hf import AlibiForCausalLM
-from alibi_trainer import set_scaling_aside
 from conversations import CHAT_TEMPLATE, Conversation, load_conversations
 from resuming import checkpoint_to_resume
 
@@ -72,7 +71,7 @@ def build_trainer(
     """Return the trainer, and a held-out conversation to try the model on.
 
     Raises:
-        ValueError, OSError: a tokenizer or a data set that cannot be used; scaling by length, where rows are longer.
+        ValueError, OSError: a tokenizer or a data set that cannot be used.
     """
     if script.eval_conversations < 1:
         raise ValueError(f"--eval_conversations {script.eval_conversations} leaves none to measure the loss on.")
@@ -86,7 +85,6 @@ def build_trainer(
         raise ValueError(f"The tokenizer of {script.model} has no eos_token, so that no answer could end; set one.")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    set_scaling_aside(model.config, length)
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, length)
     tokenizer.model_max_length = max(tokenizer.model_max_length, length)
     trainer = SFTTrainer(model, training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
@@ -136,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script, training = parser.parse_args_into_dataclasses(arguments)
         checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
         model = AlibiForCausalLM.from_pretrained(script.model, dtype=torch.float32)
-        scaling = model.config.alibi_scaling
         trainer, conversation = build_trainer(model, script, training)
     except (ValueError, OSError) as error:
         print(f"finetune_sft.py: {' '.join(str(error).split())}", file=sys.stderr)
@@ -146,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
-    model.config.use_cache, model.config.alibi_scaling = True, scaling  # training had set them aside
+    model.config.use_cache = True  # training had set it aside
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return 0

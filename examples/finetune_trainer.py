@@ -134,7 +134,6 @@ def build_trainer(
     trainer = AlibiTrainer(
         model,
         training,
-        length=script.length,
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=PackedCollator(),

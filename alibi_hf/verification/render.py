@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -93,10 +93,10 @@ def as_markdown(report: Verification) -> str:
         "",
         HOW_TO_READ,
         "",
-        "| " + " | ".join(COLUMNS) + " |",
+        _row(COLUMNS),
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(check_cells(check)) + " |" for check in report.checks),
-        *("| " + " | ".join(control_cells(control)) + " |" for control in report.negative_controls),
+        *(_row(check_cells(check)) for check in report.checks),
+        *(_row(control_cells(control)) for control in report.negative_controls),
         "",
     ]
     notes = [
@@ -105,6 +105,11 @@ def as_markdown(report: Verification) -> str:
         if check.note
     ]
     return "\n".join(lines + (["## Notes", "", *notes, ""] if notes else []))
+
+
+def _row(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table; a bar inside a cell would end it."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def number(value: float | None) -> str:

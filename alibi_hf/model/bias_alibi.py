@@ -136,6 +136,7 @@ class Distances:
         row: `[batch or 1, heads, keys]`, the bias of BLOOM and Falcon, rounded by position; None elsewhere.
         rounded: the 16-bit dtype of Jais' bias, rounded by distance; None elsewhere.
         sqrt: the bias takes the square root of the distance.
+        rotation: how queries and keys are rotated, with RoPE: read by the layers, not by the backends.
         window: keys that provably cannot matter may be left out.
         window_eps: the share of a row's weight that may be left out; None: from the dtype.
         shared: what a backend works out once a call, whatever the heads, by name.
@@ -155,6 +156,7 @@ class Distances:
     row: torch.Tensor | None = None
     rounded: torch.dtype | None = None
     sqrt: bool = False
+    rotation: Any = None
     window: bool = False
     window_eps: float | None = None
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -200,6 +202,8 @@ class Distances:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
+        if self.rotation is not None:
+            moved["rotation"] = self.rotation.to(device, non_blocking)
         return self.replace(**moved, shared={}, _kept={})
 
     def replace(self, **changes: Any) -> Distances:

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .bias_alibi import alibi_slopes
+from .encodings_alibi import rope_frequencies, rope_types
 
 AUTO_MAP = {
     "AutoConfig": "configuration_alibi.AlibiConfig",
@@ -27,12 +28,8 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_alibi.AlibiForQuestionAnswering",
 }
 
-# Fields whose feature is not built yet: the default is accepted, any other value is refused by name.
-RESERVED = {
-    "learned_positions": False,
-    "sinusoidal_positions": False,
-    "rope_parameters": None,
-}
+# Older places of what is in `rope_parameters`, which Transformers would read and then drop.
+ROPE_ELSEWHERE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 @strict
@@ -60,7 +57,14 @@ class AlibiConfig(PreTrainedConfig):
         attention_scale (`float`, *optional*): factor on the scores; `1 / sqrt(head_dim)` if not given.
         embedding_scale, logit_scale (`float`, *optional*): factors on the embeddings and on the logits.
         attn_logit_softcapping, final_logit_softcapping (`float`, *optional*): `cap * tanh(x / cap)` on scores, logits.
-        alibi (`bool`, defaults to `True`): without it the decoder has no positions at all.
+        alibi (`bool`, defaults to `True`): ALiBi's bias on the scores. It and the next three fields are independent;
+            with none of them the decoder has no positions at all (NoPE).
+        rope_parameters (`dict`, *optional*): Transformers' own, `{"rope_type", "rope_theta", ...}`: queries and keys
+            are rotated (RoPE), with any of its kinds of scaling; None: they are not.
+        learned_positions (`bool`): an embedding of each position, learned, is added to the tokens' embeddings; the one
+            encoding with a ceiling, `max_position_embeddings`.
+        sinusoidal_positions (`bool`): sinusoidal embeddings of the positions are added to the tokens' embeddings, after
+            `embedding_scale`, which is `sqrt(hidden_size)` in the paper.
         alibi_bias_max (`int` or `float`, defaults to 8): the slopes are `2 ** (-alibi_bias_max * i / heads)`.
         alibi_slopes (`list[float]`, *optional*): one positive slope a query head, used instead of the formula.
         alibi_distance (`"linear"` or `"sqrt"`): the bias is minus slope times distance, or times its square root.
@@ -76,11 +80,11 @@ class AlibiConfig(PreTrainedConfig):
         attention_window_eps (`float`, *optional*): the share of a query's attention that may be left out; if not given,
             a quarter of the rounding of the dtype, and a sixteenth where gradients are wanted.
         initializer_range (`float`): standard deviation of new weights.
-        learned_positions, sinusoidal_positions, rope_parameters: reserved; only their defaults are accepted.
 
     Raises:
         StrictDataclassFieldValidationError: where a field has the wrong type or none of the accepted values.
-        StrictDataclassClassValidationError: where fields contradict each other, or a reserved one is set.
+        StrictDataclassClassValidationError: where fields contradict each other.
+        ValueError: RoPE's fields outside `rope_parameters`.
     """
 
     model_type = "alibi"
@@ -166,9 +170,21 @@ class AlibiConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        rope_parameters = self.rope_parameters
+        self._refuse_rope_elsewhere(kwargs)
+        has_rope = self.rope_parameters is not None
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # the caller's own is not filled in
         super().__post_init__(**kwargs)
-        self.rope_parameters = rope_parameters  # Transformers fills in a default RoPE wherever the field exists
+        if not has_rope:
+            self.rope_parameters = None  # Transformers fills in a default RoPE wherever the field exists
+
+    def _refuse_rope_elsewhere(self, kwargs: dict[str, Any]) -> None:
+        for name in ROPE_ELSEWHERE:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} belongs in rope_parameters, which is {self.rope_parameters!r}; give "
+                    'rope_parameters={"rope_type": ..., "rope_theta": ..., ...}, or drop it.'
+                )
 
     def validate_architecture(self) -> None:
         """Refuse fields that contradict each other; part of the strict validation.
@@ -178,11 +194,10 @@ class AlibiConfig(PreTrainedConfig):
         """
         self._validate_sizes()
         self._validate_alibi()
-        for name, default in RESERVED.items():
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported by this version; only {default!r} is accepted."
-                )
+        if self.learned_positions and self.sinusoidal_positions:
+            raise ValueError(
+                "learned_positions=True and sinusoidal_positions=True: both are added to the embeddings; choose one."
+            )
         if getattr(self, "sliding_window", None) is not None or getattr(self, "layer_types", None) is not None:
             raise ValueError("sliding_window and layer_types are not supported: every layer attends to all tokens.")
         if self.hidden_act not in ACT2FN:
@@ -268,6 +283,37 @@ class AlibiConfig(PreTrainedConfig):
             raise ValueError(
                 f'alibi_scaling={scaling!r} must be {{"type": "linear", "factor": more than 1}} or '
                 f'{{"type": "linear", "train_seq_len": more than 1}}.'
+            )
+
+    def validate_rope(self) -> None:
+        """Refuse `rope_parameters` that Transformers refuses, or from which no rotation of a head follows.
+
+        Raises:
+            ValueError: naming the field, what was found, and what would be accepted.
+        """
+        parameters = self.rope_parameters
+        if parameters is None:
+            return
+        kind = parameters.get("rope_type", "default")
+        if kind not in rope_types():
+            raise ValueError(f"rope_parameters={parameters!r}: rope_type must be one of {rope_types()}.")
+        try:
+            super().validate_rope()
+            frequencies, factor = rope_frequencies(self)
+            for name in ("short_factor", "long_factor"):
+                if name in parameters and len(parameters[name]) != frequencies.numel():
+                    raise ValueError(
+                        f"{name} has {len(parameters[name])} entries, and a head turns {frequencies.numel()} pairs."
+                    )
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"rope_parameters={parameters!r} cannot be used: {error}") from error
+        if not bool((frequencies.isfinite() & (frequencies >= 0)).all()) or not math.isfinite(factor):
+            raise ValueError(f"rope_parameters={parameters!r} give angles that are not finite and positive.")
+        rotated = 2 * frequencies.numel()
+        if not 0 < rotated <= (self.head_dim or 0):
+            raise ValueError(
+                f"rope_parameters={parameters!r} rotate {rotated} features of a head, and head_dim={self.head_dim}; "
+                "an even number of them can be rotated."
             )
 
     def validate_output_attentions(self) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_alibi import ALL_ATTENTION_FUNCTIONS, check_attention, eager_attention_forward
 from .bias_alibi import Distances
 from .cache_alibi import find_key_norms
+from .encodings_alibi import rotate
 from .positions_alibi import is_tracing
 
 MLP_ROWS = 4096  # tokens that go through an MLP together where nothing is kept for backward: its inside is wide
@@ -88,7 +89,7 @@ class AlibiMLP(nn.Module):
 
 
 class AlibiAttention(nn.Module):
-    """Causal attention with an ALiBi bias; multi-head, grouped-query or multi-query."""
+    """Causal attention with an ALiBi bias, RoPE, both or neither; multi-head, grouped-query or multi-query."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -117,9 +118,14 @@ class AlibiAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output `[batch, queries, hidden]` and the weights `[batch, heads, queries, keys]` or None."""
         query, key, value = self.project(hidden_states)
+        rotation = distances.rotation
+        if rotation is not None:
+            query, key = rotation.before_cache(query, key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             kwargs["key_norms"] = find_key_norms(past_key_values, self.layer_idx)
+        if rotation is not None and rotation.key is not None:
+            key, kwargs["key_norms"] = rotate(key, rotation.key), None  # the norms are those of keys as cached
         check_attention(self.config._attn_implementation, self.config.attn_logit_softcapping)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         wants_weights = kwargs.pop("output_attentions", None)

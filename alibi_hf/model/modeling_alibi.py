@@ -1,7 +1,8 @@
 """The ALiBi decoder and its heads: causal language modelling, sequence and token classification, question answering.
 
 * One decoder for every family: what differs between them is in `AlibiConfig`, and is built once.
-* No ceiling on length, no position embeddings, no buffers: positions exist only as the `Distances` of a call.
+* No ceiling on length, no position embeddings, no buffers: positions exist only as the `Distances` of a call. Learned
+  positions, for comparison, are the exception to the first two.
 * Packed documents (position_ids that restart), padding anywhere, any cache and any chunking give the same answer.
 """
 
@@ -31,6 +32,7 @@ from .bias_alibi import Distances
 from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
 from .dense_alibi import soft_cap
+from .encodings_alibi import embed_learned, embed_sinusoidal, make_rotation, query_positions
 from .layers_alibi import AlibiDecoderLayer, make_norm
 from .loss_alibi import AlibiHead, can_chunk, check_label_shape, check_labels
 from .positions_alibi import find_documents, is_tracing, make_distances, make_paged_distances
@@ -47,6 +49,8 @@ class AlibiModel(AlibiPreTrainedModel):
         self.vocab_size = config.vocab_size
         # No padding_idx: where the padding token is also the end token, as in GPT-2's vocabulary, it has to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embed_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.embed_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([AlibiDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -80,7 +84,9 @@ class AlibiModel(AlibiPreTrainedModel):
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds; no tokens; a mask shorter than cache and tokens;
-                documents packed in one row together with a cache; bounds of documents that do not fit the tokens.
+                documents packed in one row together with a cache; bounds of documents that do not fit the tokens;
+                a position past the table of learned positions; a custom mask over texts so long that the kind of RoPE
+                depends on their lengths.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -94,7 +100,8 @@ class AlibiModel(AlibiPreTrainedModel):
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, kwargs
             )
         if type(next(iter(self.layers), None)) is not PipelineIdentityLayer:  # else an earlier stage has done it
-            hidden_states = self._embed(hidden_states)
+            hidden_states = self._embed(hidden_states, distances)
+        distances.rotation = make_rotation(self.config, distances, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, distances=distances, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -103,10 +110,15 @@ class AlibiModel(AlibiPreTrainedModel):
         """Return the index of the first layer that this pipeline stage holds; 0 where there are no stages."""
         return next((index for index, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
 
-    def _embed(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Scale, norm and drop out the embeddings `[batch, tokens, hidden]`."""
+    def _embed(self, embeds: torch.Tensor, distances: Distances) -> torch.Tensor:
+        """Scale the embeddings `[batch, tokens, hidden]`, add those of positions, norm and drop out."""
         if self.config.embedding_scale is not None:
             embeds = embeds * self.config.embedding_scale
+        if self.config.learned_positions:
+            embeds = embeds + embed_learned(self.embed_positions, distances)
+        elif self.config.sinusoidal_positions:
+            positions = embed_sinusoidal(query_positions(distances), embeds.shape[-1], embeds.dtype)
+            embeds = (embeds + positions).to(embeds.dtype)
         return self.embed_dropout(self.embed_norm(embeds))
 
     def _distances(
@@ -145,8 +157,10 @@ class AlibiModel(AlibiPreTrainedModel):
         if not is_tracing() and isinstance(distances.offset, int):
             length, trained = distances.offset + distances.query_index.numel(), self.config.max_position_embeddings
             if length > trained:
+                alone = self.config.alibi and not (self.config.rope_parameters or self.config.sinusoidal_positions)
                 logger.warning_once(
-                    f"Reading past the training length of {trained} tokens: allowed, ALiBi is made for it."
+                    f"Reading past the training length of {trained} tokens: allowed, "
+                    + ("ALiBi is made for it." if alone else "but what it reads there may be read worse.")
                 )
 
 

@@ -173,7 +173,7 @@ def make_distances(
         offset=offset,
         rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
-        window=config.attention_window and rounded is None,  # windows are proved for the exact bias
+        window=config.alibi and config.attention_window and rounded is None,  # windows are proved for the exact bias
         window_eps=config.attention_window_eps,
     )
     if attention_mask is not None and attention_mask.dim() == 4:

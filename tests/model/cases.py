@@ -75,6 +75,35 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "after_norm": {"num_attention_heads": 12, "hidden_size": 48, "residual_from_norm": True, "attention_bias": True},
     "no_alibi": {"num_attention_heads": 4, "hidden_size": 32, "alibi": False, "intermediate_size": 40},
+    "rope": {  # Llama's; float32 holds these frequencies: 1, 1/4, 1/16, 1/64
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "alibi": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 256.0},
+        **MISTRAL,
+    },
+    "hybrid": {
+        "num_attention_heads": 6,
+        "hidden_size": 96,
+        "qk_norm": "head",
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 256.0, "partial_rotary_factor": 0.5},
+    },
+    "learned": {
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "alibi": False,
+        "learned_positions": True,
+        "max_position_embeddings": 320,
+    },
+    "sinusoidal": {
+        "num_attention_heads": 3,
+        "hidden_size": 33,
+        "alibi": False,
+        "sinusoidal_positions": True,
+        "embedding_scale": 33**0.5,
+        "embedding_norm": True,
+    },
     "two_heads": {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 1},
 }
 

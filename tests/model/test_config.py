@@ -10,9 +10,23 @@ from alibi_hf.model.configuration_alibi import AUTO_MAP
 from tests.model.cases import CASES, config_of
 
 REFUSED = {
-    "reserved learned": ({"learned_positions": True}, "learned_positions=True is not supported"),
-    "reserved sinusoidal": ({"sinusoidal_positions": True}, "sinusoidal_positions=True is not supported"),
-    "reserved rope": ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters=.* is not supported"),
+    "two tables": ({"learned_positions": True, "sinusoidal_positions": True}, "choose one"),
+    "rope type": ({"rope_parameters": {"rope_type": "spiral"}}, "'spiral'.*must be one of .*'default', 'linear'"),
+    "rope lacks": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*factor"),
+    "rope factor": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters=.*finite and positive"),
+    "rope theta": ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters=.*"),
+    "rope theta text": ({"rope_parameters": {"rope_theta": "large"}}, "rope_parameters=.*cannot be used"),
+    "rope factors": (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}},
+        "rope_parameters=.*short_factor has 1 entries, and a head turns 64 pairs",
+    ),
+    "rope odd": (
+        {"head_dim": 3, "rope_parameters": {"rope_theta": 1e4}},
+        "rotate 4 features of a head, and head_dim=3",
+    ),
+    "rope type of fields": ({"rope_parameters": "default"}, "rope_parameters"),
+    "rope elsewhere": ({"rope_theta": 1e4}, "rope_theta=10000.0 belongs in rope_parameters, which is None"),
+    "rope of old": ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling=.* belongs in rope_parameters"),
     "window": ({"attention_window": "steep"}, "attention_window"),
     "window eps zero": ({"attention_window_eps": 0}, "attention_window_eps=0 must be above 0 and below 1"),
     "window eps one": ({"attention_window_eps": 1}, "attention_window_eps=1 must be above 0 and below 1"),

@@ -1,4 +1,4 @@
-"""A plain float64 decoder with ALiBi, written from the formulas to be obviously right; no code of the package is in it.
+"""A plain float64 decoder, written from the formulas to be obviously right; no code of the package is in it.
 
 One document at a time, one head at a time, no cache, no mask, no batch. Whatever way the package is fed, each document
 has to give these logits. Where slopes are divided by the length of the call, a query has the length at the end of the
@@ -6,7 +6,8 @@ call that reads it; what it computes is then kept for the calls after, so that o
 
 The package forms slope, distance and their product in float32 on purpose. With `single=True` each of those three is
 rounded to float32 here too, so that everything else can be compared at float64's own precision; with `single=False`
-nothing is rounded.
+nothing is rounded. Nothing of the other positions is rounded either: a float64 model turns by float64 angles, and the
+cases have frequencies of RoPE that float32 holds.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def decode(
     x = state["model.embed_tokens.weight"].double()[tokens]
     if fields["embedding_scale"] is not None:
         x = x * fields["embedding_scale"]
+    if fields["learned_positions"]:
+        x = x + state["model.embed_positions.weight"].double()[: len(tokens)]
+    if fields["sinusoidal_positions"]:
+        x = x + sinusoids(len(tokens), x.shape[1])
     if fields["embedding_norm"]:
         x = norm(state, fields, "model.embed_norm", x)
     attention, weights = [], []
@@ -92,6 +97,8 @@ def attend(
     q, k, v = q.view(-1, heads, dim), k.view(-1, groups, dim), v.view(-1, groups, dim)
     if fields["qk_norm"] == "head":
         q, k = norm(state, fields, f"{name}.q_norm", q), norm(state, fields, f"{name}.k_norm", k)
+    if fields["rope_parameters"] is not None:
+        q, k = rotated(fields["rope_parameters"], q), rotated(fields["rope_parameters"], k)
     scale = fields["attention_scale"] if fields["attention_scale"] is not None else 1 / math.sqrt(dim)
     future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     outputs, all_weights = [], []
@@ -102,6 +109,28 @@ def attend(
         all_weights.append(scores.masked_fill(future, -torch.inf).softmax(-1))
         outputs.append(all_weights[-1] @ v[:, group])
     return linear(state, f"{name}.o_proj", torch.cat(outputs, dim=-1)), torch.stack(all_weights)
+
+
+def sinusoids(tokens: int, width: int) -> torch.Tensor:
+    """Return the paper's sinusoidal embeddings `[tokens, width]`, number by number."""
+    table = [
+        [(math.cos if i % 2 else math.sin)(position / 10000 ** ((i - i % 2) / width)) for i in range(width)]
+        for position in range(tokens)
+    ]
+    return torch.tensor(table, dtype=torch.float64)
+
+
+def rotated(rope: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """Return queries or keys `[tokens, heads, dim]`, features i and i + d / 2 of the first d taken as complex numbers.
+
+    The number of token n and feature i is multiplied by exp(sqrt(-1) n theta^(-2i / d)), n over `factor` if linear.
+    """
+    assert rope["rope_type"] in ("default", "linear"), rope
+    dim = int(x.shape[2] * rope.get("partial_rotary_factor", 1))
+    positions = torch.arange(len(x)).double() / (rope["factor"] if rope["rope_type"] == "linear" else 1)
+    angles = positions[:, None] * rope["rope_theta"] ** (-torch.arange(0, dim, 2).double() / dim)
+    turned = torch.complex(x[..., : dim // 2], x[..., dim // 2 : dim]) * torch.exp(1j * angles)[:, None]
+    return torch.cat([turned.real, turned.imag, x[..., dim:]], dim=-1)
 
 
 def bias(fields: Fields, head: int, ends: Sequence[int], single: bool) -> torch.Tensor:

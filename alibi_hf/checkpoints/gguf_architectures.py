@@ -33,6 +33,9 @@ _NEVER = {
     "final_logit_softcapping": None,
     "alibi_distance": "linear",
     "alibi_scaling": None,
+    "rope_parameters": None,
+    "learned_positions": False,
+    "sinusoidal_positions": False,
     "qk_norm": None,  # mpt's has it, but aborts there: it reshapes queries and keys that are not contiguous
 }
 

@@ -136,6 +136,7 @@ class Distances:
         row: `[batch or 1, heads, keys]`, the bias of BLOOM and Falcon, rounded by position; None elsewhere.
         rounded: the 16-bit dtype of Jais' bias, rounded by distance; None elsewhere.
         sqrt: the bias takes the square root of the distance.
+        biased: False without ALiBi, where all slopes are zero.
         rotation: how queries and keys are rotated, with RoPE: read by the layers, not by the backends.
         window: keys that provably cannot matter may be left out.
         window_eps: the share of a row's weight that may be left out; None: from the dtype.
@@ -156,6 +157,7 @@ class Distances:
     row: torch.Tensor | None = None
     rounded: torch.dtype | None = None
     sqrt: bool = False
+    biased: bool = True
     rotation: Any = None
     window: bool = False
     window_eps: float | None = None

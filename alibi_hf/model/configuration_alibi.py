@@ -12,6 +12,7 @@ import math
 import os
 from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -297,9 +298,13 @@ class AlibiConfig(PreTrainedConfig):
         kind = parameters.get("rope_type", "default")
         if kind not in rope_types():
             raise ValueError(f"rope_parameters={parameters!r}: rope_type must be one of {rope_types()}.")
+        theta = parameters.get("rope_theta")
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise ValueError(f"rope_parameters={parameters!r}: rope_theta={theta!r} must be positive and finite.")
         try:
             super().validate_rope()
-            frequencies, factor = rope_frequencies(self)
+            with torch.device("cpu"):  # a model that is being loaded makes its tensors without numbers
+                frequencies, factor = rope_frequencies(self)
             for name in ("short_factor", "long_factor"):
                 if name in parameters and len(parameters[name]) != frequencies.numel():
                     raise ValueError(

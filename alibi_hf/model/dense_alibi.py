@@ -1,6 +1,7 @@
-"""Attention with an explicit bias: eager, and three forms over PyTorch's fused attention, on any device.
+"""Attention with an explicit bias: eager, and four forms over PyTorch's fused attention, on any device.
 
 * eager holds all scores `[batch, heads, queries, keys]`; it runs in float64 too and is the oracle of the others.
+* causal: as many queries as keys of one document, without a bias.
 * row: few tokens of one document in bfloat16; the bias is one row of keys.
 * ramp: bias and causality are functions of query - key alone. With the queries of a chunk in reverse order, the bias of
   the chunk is a Hankel matrix: a strided view of one line of `keys + chunk` numbers a head. Distances stay exact.
@@ -101,6 +102,16 @@ def _attend(
             enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
     return output.to(dtype)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Attend without a bias to as many keys as queries, by the kernel's own causality, in the dtype of the inputs."""
+    gqa = bool(query.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
+    )
 
 
 def row_attention(

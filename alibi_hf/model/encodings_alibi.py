@@ -91,7 +91,7 @@ def rope_frequencies(
     parameters = config.rope_parameters
     if parameters["rope_type"] == "default":
         dim = int(config.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
-        powers = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        powers = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
         return (1.0 / parameters["rope_theta"] ** powers).to(device), 1.0
     compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
     frequencies, factor = compute(config, torch.device("cpu"))
@@ -121,14 +121,14 @@ def make_rotation(config: Any, distances: Distances, dtype: torch.dtype) -> Rota
         dtype: of the model.
 
     Raises:
-        ValueError: frequencies that change with the length, and a call that does not tell the lengths of its texts.
+        ValueError: frequencies that change with the length, and a 4-D mask over more tokens than they change at.
     """
     if config.rope_parameters is None:
         return None
     device, positions = distances.slopes.device, query_positions(distances)
     if not changes_with_length(config):
         return Rotation(_turn(positions, *rope_frequencies(config, device), dtype))
-    _refuse_unknown_lengths(config, distances)
+    _refuse_custom_mask(config, distances)
     keys = distances.key_position
     if keys is None:
         keys = torch.arange(distances.num_keys, device=device)[None]
@@ -160,14 +160,14 @@ def _turn(positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dty
     return angles.cos() * factor, angles.sin() * factor
 
 
-def _refuse_unknown_lengths(config: Any, distances: Distances) -> None:
-    """A custom mask may hide where texts begin and end, and `generate_batch` keeps rotated keys only."""
+def _refuse_custom_mask(config: Any, distances: Distances) -> None:
+    """A custom mask may separate texts without telling where they begin."""
     limit = length_limit(config)
     if distances.custom_mask is not None and distances.num_keys > limit:
         raise ValueError(
-            f"rope_parameters of type {config.rope_parameters['rope_type']!r} change with the length of a text past "
-            f"{limit} tokens, and a custom mask or generate_batch over {distances.num_keys} tokens does not tell the "
-            "lengths of its texts; pass a 2-D mask or position_ids, or use another rope_type."
+            f"rope_type={config.rope_parameters['rope_type']!r} changes with the length of a text past {limit} tokens, "
+            f"and a 4-D attention_mask over {distances.num_keys} tokens does not tell where texts begin; pass a 2-D "
+            "mask or position_ids, or use another rope_type."
         )
 
 

@@ -32,7 +32,7 @@ from .bias_alibi import Distances
 from .cache_alibi import grow, make_cache
 from .configuration_alibi import AlibiConfig
 from .dense_alibi import soft_cap
-from .encodings_alibi import embed_learned, embed_sinusoidal, make_rotation, query_positions
+from .encodings_alibi import changes_with_length, embed_learned, embed_sinusoidal, make_rotation, query_positions
 from .layers_alibi import AlibiDecoderLayer, make_norm
 from .loss_alibi import AlibiHead, can_chunk, check_label_shape, check_labels
 from .positions_alibi import find_documents, is_tracing, make_distances, make_paged_distances
@@ -46,6 +46,7 @@ class AlibiModel(AlibiPreTrainedModel):
 
     def __init__(self, config: AlibiConfig) -> None:
         super().__init__(config)
+        config.validate_rope()  # `from_pretrained(..., rope_parameters=...)` sets the field without
         self.vocab_size = config.vocab_size
         # No padding_idx: where the padding token is also the end token, as in GPT-2's vocabulary, it has to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -199,8 +200,14 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         """Start continuous batching, which `generate_batch` does too.
 
         Raises:
-            ValueError: with flash attention, whose paged cache is not read here.
+            ValueError: with flash attention, whose paged cache is not read here; RoPE that changes with the length.
         """
+        rope = self.config.rope_parameters
+        if rope is not None and changes_with_length(self.config):
+            raise ValueError(
+                f"generate_batch keeps rotated keys, and rope_type={rope['rope_type']!r} rotates all keys anew as a "
+                "text grows; call generate, or use another rope_type."
+            )
         if is_flash(self.config._attn_implementation):
             raise ValueError(
                 f"{self.config._attn_implementation} cannot serve generate_batch; call "

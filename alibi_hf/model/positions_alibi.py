@@ -173,6 +173,7 @@ def make_distances(
         offset=offset,
         rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
+        biased=config.alibi,
         window=config.alibi and config.attention_window and rounded is None,  # windows are proved for the exact bias
         window_eps=config.attention_window_eps,
     )
@@ -217,6 +218,7 @@ def make_paged_distances(config: Any, embeds: torch.Tensor, kwargs: dict, attent
         custom_mask=mask,
         rounded=rounded,
         sqrt=config.alibi_distance == "sqrt",
+        biased=config.alibi,
     )
     _use_text_lengths(distances, config, lambda _: bounds_k.diff()[request_q][None, None])
     _use_rounding(distances, config, embeds.dtype)

@@ -1,6 +1,7 @@
 """The chooser behind `attn_implementation="sdpa"`: which form computes a call, and why, in one line of the debug log.
 
 * segments: padding and packing; each document by one of the forms below, as if it were alone.
+* causal: no bias (a model without ALiBi), and nothing cached: the kernel's own causality.
 * single: one query against a cache.
 * row: few tokens in bfloat16, without gradients.
 * window, tiles: on CPU, anything by distance; with the provable windows of the heads, or without.
@@ -17,7 +18,14 @@ import torch
 from transformers.utils import logging
 
 from .bias_alibi import Distances
-from .dense_alibi import ROW_TOKENS, block_attention, fused_row_is_causal, ramp_attention, row_attention
+from .dense_alibi import (
+    ROW_TOKENS,
+    block_attention,
+    causal_attention,
+    fused_row_is_causal,
+    ramp_attention,
+    row_attention,
+)
 from .positions_alibi import is_tracing
 from .segments_alibi import attend_segments, find_segments
 from .single_alibi import MIN_KEYS as MIN_SINGLE_KEYS
@@ -59,6 +67,8 @@ def sdpa_attention(
         _explain(distances, form, reason, query, key)
         return tiled_attention(query, key, value, distances, scaling, groups)
     _explain(distances, form, reason, query, key)
+    if form == "causal":
+        return causal_attention(query, key, value, scaling, dropout)
     if form == "single":
         norms = key_norms() if key_norms is not None and _decode_window_fits(key, distances) else None
         return single_attention(query, key, value, distances, scaling, norms)
@@ -69,12 +79,14 @@ def sdpa_attention(
 
 
 def choose_form(query: torch.Tensor, distances: Distances, dropout: float) -> tuple[str, str]:
-    """Return "single", "row", "tiles", "ramp" or "block", and the reason."""
+    """Return "single", "causal", "row", "tiles", "ramp" or "block", and the reason."""
     eager_on_cpu = query.device.type == "cpu" and not is_tracing() and dropout == 0.0
     if query.shape[2] == 1:
         return ("single", "one query on CPU") if eager_on_cpu else ("block", "one query")
     if not distances.by_index:
         return "block", "masks or rounded biases"
+    if not distances.biased and query.shape[2] == distances.num_keys:
+        return "causal", "no bias"
     if not eager_on_cpu:
         return "ramp", "by distance, with dropout, in a graph, or not on CPU"
     if _row_fits(query, distances):

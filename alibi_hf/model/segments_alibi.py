@@ -156,6 +156,7 @@ def _by_index(distances: Distances, queries: int, keys: int, row: int, segment: 
             offset=offset,
             rounded=distances.rounded,
             sqrt=distances.sqrt,
+            biased=distances.biased,
             window=distances.window,
             window_eps=distances.window_eps,
         )

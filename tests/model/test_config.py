@@ -14,8 +14,8 @@ REFUSED = {
     "rope type": ({"rope_parameters": {"rope_type": "spiral"}}, "'spiral'.*must be one of .*'default', 'linear'"),
     "rope lacks": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*factor"),
     "rope factor": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters=.*finite and positive"),
-    "rope theta": ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters=.*"),
-    "rope theta text": ({"rope_parameters": {"rope_theta": "large"}}, "rope_parameters=.*cannot be used"),
+    "rope theta": ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0 must be positive"),
+    "rope theta text": ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta='large' must be positive"),
     "rope factors": (
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}},
         "rope_parameters=.*short_factor has 1 entries, and a head turns 64 pairs",

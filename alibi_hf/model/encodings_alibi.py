@@ -7,8 +7,9 @@
   float64 in a float64 model; a query or key is rotated at that precision and rounded once.
 * Halves of a head are rotated against each other, as in Transformers' Llama; with `partial_rotary_factor` only the
   first features of a head.
-* "dynamic" and "longrope" change their frequencies with the length of the text: cached keys are then kept as they are
-  and rotated where they are read, so that all keys of a call have the frequencies of its length.
+* "dynamic" and "longrope" change their frequencies with the length of the text, here of each text by itself. Cached
+  keys are then kept as they are and rotated where they are read, so that all keys of a call have the frequencies of
+  the length read so far; as these change with every token past the limit, reading in pieces is not reading at once.
 
 RoPE: Su et al., "RoFormer", arXiv:2104.09864. Sinusoidal positions: Vaswani et al., "Attention Is All You Need",
 arXiv:1706.03762, section 3.5.
@@ -90,7 +91,7 @@ def rope_frequencies(
     """
     parameters = config.rope_parameters
     if parameters["rope_type"] == "default":
-        dim = int(config.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+        dim = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         powers = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
         return (1.0 / parameters["rope_theta"] ** powers).to(device), 1.0
     compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]

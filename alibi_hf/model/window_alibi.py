@@ -62,7 +62,7 @@ def head_windows(
 
     Args:
         query: `[batch, heads, queries, dim]`; key: `[batch, key/value heads, keys, dim]`; the last query sits at the
-            last key.
+            last key. Both as attention takes them, with RoPE rotated: the bounds are of these very vectors.
         slopes: float32 `[heads]`.
         eps: the share of a row's weight that may be dropped, see `default_eps`.
         jensen: use both bounds, the second of which wants every query to see all keys before it; without it the windows

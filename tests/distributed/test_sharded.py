@@ -32,6 +32,8 @@ JOBS = {
     "grouped heads": ("twelve_grouped", TENSOR_PARALLEL, "sdpa", "packed"),
     "stages": ("six", PIPELINE, "sdpa", "padded"),  # with a norm on the embeddings
     "stages of a scaled embedding": ("capped", PIPELINE, "eager", "packed"),
+    "rotated heads": ("hybrid", TENSOR_PARALLEL, "sdpa", "packed"),
+    "stages with a table of positions": ("learned", PIPELINE, "sdpa", "padded"),
     "weights": ("six", FSDP, "sdpa", "packed"),
 }
 
@@ -97,7 +99,7 @@ def check(job: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def check_mixed(job: dict[str, Any], found: dict[str, Any]) -> None:
-    """Assert that FSDP's bfloat16 is that of a bfloat16 model: no slopes, which it would round, among what it casts."""
+    """Assert that FSDP's bfloat16 is that of a bfloat16 model: it casts neither slopes nor angles."""
     model = AlibiForCausalLM.from_pretrained(job["folder"], dtype=torch.bfloat16).eval()
     inputs = {name: value for name, value in found["batch"].items() if name != "labels"}
     assert found["logits"].dtype == torch.bfloat16
@@ -119,9 +121,11 @@ def test_two_processes(tmp_path: Path) -> None:
     jobs["upstream, fused"] = {"kind": "refuse", "folder": bloom(tmp_path / "bloom"), "sizes": FSDP}
     jobs["upstream, renamed"] = make_job(tmp_path / "unused", *JOBS["weights"])
     jobs["upstream, renamed"]["folder"] = step1.write(tmp_path / "step1", groups=2)
-    jobs["mixed"] = make_job(tmp_path / "mixed", "own_slopes", FSDP, "sdpa", "packed") | {"mixed": True}
+    for name, case in {"mixed": "own_slopes", "mixed, rotated": "rope"}.items():
+        jobs[name] = make_job(tmp_path / name, case, FSDP, "sdpa", "packed") | {"mixed": True}
     for found in launch(tmp_path, jobs, 2):
-        check_mixed(jobs["mixed"], found.pop("mixed"))
+        for name in ("mixed", "mixed, rotated"):
+            check_mixed(jobs[name], found.pop(name))
         assert "tp_size=2 does not divide num_attention_heads=3" in found.pop("heads that do not divide")
         assert "num_key_value_heads=1" in found.pop("one key/value head")
         assert "qk_norm='full'" in found.pop("a norm over all heads")

@@ -75,18 +75,18 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "after_norm": {"num_attention_heads": 12, "hidden_size": 48, "residual_from_norm": True, "attention_bias": True},
     "no_alibi": {"num_attention_heads": 4, "hidden_size": 32, "alibi": False, "intermediate_size": 40},
-    "rope": {  # Llama's; float32 holds these frequencies: 1, 1/4, 1/16, 1/64
+    "rope": {  # as in Qwen3; float32 holds these frequencies: 1, 1/4, 1/16, 1/64
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "hidden_size": 32,
         "alibi": False,
+        "qk_norm": "head",
         "rope_parameters": {"rope_type": "default", "rope_theta": 256.0},
         **MISTRAL,
     },
     "hybrid": {
         "num_attention_heads": 6,
         "hidden_size": 96,
-        "qk_norm": "head",
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 256.0, "partial_rotary_factor": 0.5},
     },
     "learned": {

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from alibi_hf import AlibiConfig, AlibiForCausalLM
 from alibi_hf.model import bias_alibi, encodings_alibi, layers_alibi, modeling_alibi, sdpa_alibi
 from alibi_hf.model.bias_alibi import Distances
-from alibi_hf.model.encodings_alibi import make_rotation
+from alibi_hf.model.encodings_alibi import make_rotation, rope_frequencies
 from tests.builders import fill
 from tests.model.cases import BACKENDS, MISTRAL, assert_close, build, check, config_of, documents, expected
 from tests.model.feeding import FEEDS, cached, pad
@@ -349,6 +349,11 @@ def test_angles_are_float32_in_16_bits() -> None:
         assert cos.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (cos[0, 0, :, :4].double() - truth.cos()).abs().max() < bound
         assert (sin[0, 0, :, :4].double() - truth.sin()).abs().max() < bound
+
+
+def test_part_of_a_head() -> None:
+    config = config_of("rope", head_dim=16, rope_parameters={"rope_theta": 256.0, "partial_rotary_factor": 0.5})
+    assert rope_frequencies(config)[0].tolist() == [1, 1 / 4, 1 / 16, 1 / 64]
 
 
 def test_the_callers_parameters_are_not_touched() -> None:

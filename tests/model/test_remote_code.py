@@ -28,6 +28,7 @@ HEADS = {
     AutoModelForTokenClassification: alibi_hf.AlibiForTokenClassification,
     AutoModelForQuestionAnswering: alibi_hf.AlibiForQuestionAnswering,
 }
+CASES = dict(zip(HEADS, ("rope", "twelve_grouped", "hybrid", "learned", "sinusoidal"), strict=True))
 CODE = {path.name for path in Path(alibi_hf.__file__).parent.joinpath("model").glob("*_alibi.py")}
 TEXT = documents(50)[0][None]
 
@@ -87,7 +88,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("saved")
     truth, folders = {}, {}
     for auto, cls in HEADS.items():
-        model = build("twelve_grouped", torch.float32, cls=cls)
+        model = build(CASES[auto], torch.float32, cls=cls)
         folders[auto.__name__] = auto.__name__.lower()
         model.save_pretrained(source / folders[auto.__name__])
         with torch.no_grad():

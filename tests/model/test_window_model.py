@@ -105,6 +105,13 @@ def test_any_way_of_feeding(case: str, feed: str, dtype: torch.dtype, work: Work
     assert bool(work.decoded) == (feed in DECODING_FEEDS)
 
 
+@pytest.mark.parametrize("feed", ["whole", "tokens_dynamic", "chunks_dynamic", "left", "packed_positions"])
+def test_rotated_queries_and_keys(feed: str, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "rotated", {**STEEP, "rope_parameters": {"rope_theta": 256.0}})
+    check(build("rotated"), FEEDS[feed], "rotated", documents(*TEXTS))
+    assert work.planned < work.dense
+
+
 @pytest.mark.parametrize("case", WINDOWED)
 def test_left_padded_decoding(case: str, work: Work) -> None:
     check(build(case), left_padded, case, documents(*PADDED_TEXTS))

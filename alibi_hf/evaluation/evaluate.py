@@ -83,7 +83,7 @@ def evaluate(
         raise AlibiError("resume=True goes on with a run in the working folder of its output; give the output.")
     started = time.monotonic()
     options = Options(dtype, device, revision, trust_remote_code, allow_pickle, tokenizer)
-    plan = make_plan(lengths or LENGTHS, stride, max_tokens)
+    plan = make_plan(LENGTHS if lengths is None else lengths, stride, max_tokens)
     with quiet():
         subjects = find_subjects(_as_list(models), names, options)
         files = open_texts(_as_list(text))

@@ -20,6 +20,7 @@ from alibi_hf.evaluation.loading import (
     trained_length,
 )
 from alibi_hf.evaluation.losses import LossReader
+from alibi_hf.evaluation.perplexity import check_lengths
 from alibi_hf.evaluation.reading import find_position_table, read
 from alibi_hf.evaluation.report import PROTOCOLS, ModelEvaluation, Reading
 from alibi_hf.evaluation.text import TextFile, Tokens, tokenize
@@ -87,7 +88,7 @@ def prepare(
             "more text, or a shorter length."
         )
     region = make_region(len(tokens), fitting, plan.stride)
-    notes = [*filter(None, [subject.note]), *tokens.notes, *_text_notes(tokenizer, tokens, plan, fitting, region)]
+    notes = [*tokens.notes, *_text_notes(tokenizer, tokens, plan, fitting, region)]
     return Job(subject, tokens, len(tokenizer), fitting, region, notes)
 
 
@@ -145,11 +146,8 @@ def read_lengths(model: Any, tokens: torch.Tensor, lengths: Sequence[int], strid
     Raises:
         AlibiError: for lengths or a stride that cannot be read, or a text shorter than the longest length.
     """
+    check_lengths(tokens, lengths)
     plan = make_plan(lengths, stride)
-    if len(tokens) < plan.lengths[-1]:
-        raise AlibiError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {plan.lengths[-1]}; give a shorter length."
-        )
     text = Tokens(tokens.to("cpu", torch.int32), torch.zeros(len(tokens), dtype=torch.int32))
     region = make_region(len(tokens), plan.lengths, stride)
     was_training = model.training

@@ -62,7 +62,7 @@ class Subject:
         revision: the commit of a Hub snapshot.
         upstream: whether Transformers' own class runs it.
         raw: its config.json.
-        note: why Transformers' class runs a checkpoint of one of our families, if so.
+        trusted: whether its own code may be run: it has some, and the caller allows it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Subject:
     revision: str | None
     upstream: bool
     raw: dict[str, Any]
-    note: str = ""
+    trusted: bool = False
 
     def files(self) -> list[FileState]:
         """Return the state of the files that decide what it computes, by their whole path."""
@@ -90,10 +90,7 @@ def find_subjects(models: Sequence[str | Path], names: Sequence[str] | None, opt
         raise AlibiError("no model was given; name one folder or Hub id at least.")
     if names and len(names) != len(models):
         raise AlibiError(f"{len(names)} names are given for {len(models)} models; give one for each, or none.")
-    try:
-        torch.device(options.device)
-    except RuntimeError as error:
-        raise ConfigFieldError(f"device={options.device!r} is no device: {str(error).splitlines()[0]}") from error
+    _check_device(options.device)
     _ = options.load_dtype  # refuses a dtype that is none
     chosen = list(names) if names else _names([str(model) for model in models])
     if double := [name for name, count in Counter(chosen).items() if count > 1]:
@@ -110,7 +107,7 @@ def load_tokenizer(subject: Subject, options: Options) -> Any:
         CheckpointFileError: where there is none, or it cannot be loaded.
     """
     folder = subject.folder if options.tokenizer is None else locate(options.tokenizer, None, False)[0]
-    remote = options.trust_remote_code and options.tokenizer is None
+    remote = subject.trusted and options.tokenizer is None
     if not remote and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointFileError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put it there, or name another folder's "
@@ -130,7 +127,7 @@ def load_model(subject: Subject, options: Options) -> Any:
         Exception: what Transformers raises.
     """
     kind = AutoModelForCausalLM if subject.upstream else AlibiForCausalLM
-    trusted = {"trust_remote_code": options.trust_remote_code} if subject.upstream else {}
+    trusted = {"trust_remote_code": subject.trusted} if subject.upstream else {}
     model, info = kind.from_pretrained(
         str(subject.folder),
         dtype=options.load_dtype,
@@ -144,6 +141,15 @@ def load_model(subject: Subject, options: Options) -> Any:
             "they would be random. Its weights are incomplete, or are not those of a language model."
         )
     return model.to(options.device).eval()
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigFieldError(f"device={device!r} is no device: {str(error).splitlines()[0]}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigFieldError(f"device={device!r} needs a GPU that PyTorch can use, and there is none; use cpu.")
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -169,35 +175,36 @@ def _find(model: str, name: str, options: Options) -> Subject:
         raise CheckpointFileError(f"{bare} is a file, not a model; a text is given with --text, each with its own.")
     folder, commit = locate(bare, options.revision, options.allow_pickle)
     raw = read_json(folder / "config.json")
-    ours, note = _is_ours(raw)
-    subject = Subject(name, model, folder, commit, upstream=bare != model or not ours, raw=raw, note=note)
-    if not subject.upstream:
-        _check_ours(subject, options)
-    else:
+    subject = Subject(name, model, folder, commit, upstream=bare != model or not _is_ours(raw), raw=raw)
+    if options.trust_remote_code and (code := _own_code(subject)):
+        _check_pinned(subject, code, options)
+        subject = replace(subject, trusted=True)
+    if subject.upstream:
         _check_upstream(subject, options)
+    else:
+        _check_ours(subject, options)
     return subject
 
 
-def _is_ours(raw: dict[str, Any]) -> tuple[bool, str]:
-    """Return whether our decoder runs this config; and why not, where it is a family's all the same."""
+def _is_ours(raw: dict[str, Any]) -> bool:
+    """True where this package's decoder is what runs a config."""
     if raw.get("model_type") == AlibiConfig.model_type:
-        return True, ""
+        return True
     try:
-        family = find_family(raw)
+        find_family(raw)
     except UnknownFamilyError:
-        return False, ""
-    try:
-        family.config(raw)
-    except ConfigFieldError as error:
-        return False, f"run by Transformers' own class: {error}"
-    return True, ""
+        return False
+    return True
 
 
 def _check_ours(subject: Subject, options: Options) -> None:
-    if subject.raw.get("model_type") != AlibiConfig.model_type:
-        Checkpoint.open(subject.folder, allow_pickle=options.allow_pickle)  # names every tensor that does not fit
-    else:
+    if subject.raw.get("model_type") == AlibiConfig.model_type:
         _need_weights(subject, options)
+        return
+    try:
+        Checkpoint.open(subject.folder, allow_pickle=options.allow_pickle)  # names every tensor that does not fit
+    except ConfigFieldError as error:
+        raise ConfigFieldError(f"{error} {UPSTREAM}{subject.given} runs Transformers' own class on it.") from error
 
 
 def _check_upstream(subject: Subject, options: Options) -> None:
@@ -206,13 +213,11 @@ def _check_upstream(subject: Subject, options: Options) -> None:
             f"{subject.given} has this package's own layout, which no class of upstream reads; name the upstream "
             "checkpoint that it was made of, or leave the prefix away."
         )
-    if options.trust_remote_code:
-        _check_pinned(subject, options)
     try:
-        config = AutoConfig.from_pretrained(str(subject.folder), trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(str(subject.folder), trust_remote_code=subject.trusted)
     except Exception as error:  # many kinds: an unknown model_type, code that would have to be run, a wrong field
-        raise _unreadable(subject, error, options) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not options.trust_remote_code:
+        raise _unreadable(subject, error) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not subject.trusted:
         raise AlibiError(
             f"{subject.given} is a {type(config).__name__}, of which Transformers has no causal language model; "
             "perplexity needs one."
@@ -220,8 +225,8 @@ def _check_upstream(subject: Subject, options: Options) -> None:
     _need_weights(subject, options)
 
 
-def _unreadable(subject: Subject, error: Exception, options: Options) -> AlibiError:
-    if subject.raw.get("auto_map") and not options.trust_remote_code:
+def _unreadable(subject: Subject, error: Exception) -> AlibiError:
+    if _own_code(subject) and not subject.trusted:
         return UnsafeSourceError(
             f"{subject.given} (model_type {subject.raw.get('model_type')!r}) needs code of its own, which is not run "
             "unless --trust-remote-code is given; of a Hub id at a pinned --revision."
@@ -229,10 +234,16 @@ def _unreadable(subject: Subject, error: Exception, options: Options) -> AlibiEr
     return CheckpointFileError(f"the config of {subject.given} cannot be read: {_first_line(error)}")
 
 
-def _check_pinned(subject: Subject, options: Options) -> None:
+def _own_code(subject: Subject) -> list[str]:
+    """Return the classes of its own that a source names, for the model and for the tokenizer."""
+    path = subject.folder / "tokenizer_config.json"
+    maps = [subject.raw.get("auto_map"), read_json(path).get("auto_map") if path.is_file() else None]
+    return [str(code) for found in maps if found for code in found.values()]
+
+
+def _check_pinned(subject: Subject, code: Sequence[str], options: Options) -> None:
     """Code is run from a folder, or from a commit that the caller names: nothing that can change unseen."""
-    elsewhere = [code for code in (subject.raw.get("auto_map") or {}).values() if "--" in str(code)]
-    if elsewhere:
+    if elsewhere := [name for name in code if "--" in name]:
         raise UnsafeSourceError(
             f"{subject.given} runs code of another repository ({elsewhere[0]}), which no revision of its own pins; "
             "put that code into a local folder beside the weights."

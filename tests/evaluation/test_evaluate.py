@@ -257,6 +257,10 @@ def test_a_loaded_model_is_left_as_it_was() -> None:
     found = read_lengths(model, text, [90, 20])
     assert model.training and [each.length for each in found] == [20, 20, 90, 90]
     assert read_lengths(model, text, [90, 20])[0].loss == found[0].loss  # without dropout
-    for lengths, stride, says in (([1, 20], None, "above 1"), ([20], 20, "stride of 20"), ([300], None, "200 tokens")):
+    for lengths, stride, says in (
+        ([1, 20], None, "nothing to predict"),
+        ([20], 20, "stride of 20"),
+        ([300], None, "200 tokens"),
+    ):
         with pytest.raises(AlibiError, match=says):
             read_lengths(model, text, lengths, stride)

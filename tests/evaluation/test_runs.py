@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from alibi_hf import AlibiError, AlibiForCausalLM, Evaluation, evaluate
 from alibi_hf.cli import app
 from alibi_hf.evaluation import jobs
+from alibi_hf.evaluation.loading import Options, Subject, _check_pinned
 from tests import builders
 
 TEXT = "We the people of the United States, in order to form a more perfect union, establish justice. " * 4
@@ -145,6 +147,7 @@ def bad(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]:
     builders.tokenizer(narrow)
     odd = builders.tokenizer(builders.bloom(folder / "odd"))
     (odd / "config.json").write_text(json.dumps({**raw, "model_type": "t5", "architectures": ["T5Model"]}))
+    rotary = builders.tokenizer(builders.falcon(folder / "rotary", raw={"alibi": False}))
     code = builders.tokenizer(builders.bloom(folder / "code"))
     remote = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (code / "config.json").write_text(json.dumps(remote))
@@ -175,10 +178,17 @@ def bad(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]:
         "too few tokens": ([model, *ok, "--max-tokens", "15"], "max_tokens=15 is less than the shortest length, 16"),
         "no such dtype": ([model, *ok, "--dtype", "int3"], "dtype='int3' is not one of"),
         "no such device": ([model, *ok, "--device", "abacus"], "device='abacus' is no device"),
+        "a family's other positions": ([rotary, *ok], f"upstream:{rotary} runs Transformers' own class"),
         "not a causal model": ([odd, *ok], "T5Config, of which Transformers has no causal language model"),
         "code of its own": ([code, *ok], "is not run unless --trust-remote-code"),
         "resume without output": ([model, *ok, "--resume"], "give the output"),
     }
+
+
+def test_a_gpu_that_is_not_there_is_said(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AlibiError, match="device='cuda:0' needs a GPU"):
+        evaluate(model, text, LENGTHS, device="cuda:0")
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
@@ -200,6 +210,10 @@ def test_code_of_a_folder_runs_when_that_is_asked_for(model: Path, text: Path, t
     (folder / "config.json").write_text(json.dumps({**raw, "model_type": "mine"}))
     found = evaluate(folder, text, [50], trust_remote_code=True).models[0]
     assert found.readings[0].loss == pytest.approx(evaluate(model, text, [50]).models[0].readings[0].loss, rel=1e-6)
+    from_hub = Subject("mine", "owner/mine", folder, "0" * 40, upstream=True, raw=raw)
+    for revision in (None, "main", "0" * 39):
+        with pytest.raises(AlibiError, match="only at a commit: give its 40 digits"):
+            _check_pinned(from_hub, ["modeling.Mine"], Options(revision=revision, trust_remote_code=True))
     elsewhere = {name: f"other/code--{code}" for name, code in raw["auto_map"].items()}
     (folder / "config.json").write_text(json.dumps({**raw, "model_type": "mine", "auto_map": elsewhere}))
     with pytest.raises(AlibiError, match="runs code of another repository"):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
@@ -369,7 +370,9 @@ def _progress(quiet: bool) -> Iterator[Any]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading")
-        yield lambda what, done=0, total=0: bar.update(task, description=what, completed=done, total=total or None)
+        yield lambda what, done=0, total=0: bar.update(
+            task, description=escape(what), completed=done, total=total or None
+        )
 
 
 if __name__ == "__main__":

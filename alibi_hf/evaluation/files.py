@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers.utils import logging
 
 from alibi_hf.compact import compact_json, finite
 from alibi_hf.evaluation.page import as_page
@@ -32,7 +31,6 @@ READING = (
 )
 COLUMNS = ("model", *READING, *MODEL, "failure")
 POSITIONS = ("model", "protocol", "length", "start", "stop", "loss", "tokens")
-logger = logging.get_logger(__name__)
 
 
 def write_files(report: Evaluation, directory: Path) -> Path:
@@ -43,10 +41,8 @@ def write_files(report: Evaluation, directory: Path) -> Path:
     _write_csv(directory / "evaluation.csv", COLUMNS, _readings(report))
     _write_csv(directory / "positions.csv", POSITIONS, _positions(report))
     (directory / "evaluation.html").write_text(as_page(report), encoding="utf-8")
-    try:
+    with suppress(ImportError):  # the page and the table say it
         plot_perplexity(report, directory / "evaluation.png")
-    except ImportError as error:
-        logger.warning(f"evaluation.png was not drawn: {error}")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -120,16 +121,19 @@ def _held(model: ModelEvaluation, held: int) -> str:
 
 
 def failures(model: ModelEvaluation, readings: Sequence[Reading] | None = None) -> list[str]:
-    """Return one line a reason why there is no perplexity, with the lengths; of all readings if none are given."""
+    """Return one line a reason why there is no perplexity, with the lengths; of all readings if none are given.
+
+    Reasons that differ in numbers only are one, in the words of the shortest length.
+    """
     if model.failure:
         return [f"fails at every length: {model.failure}"]
-    readings = model.readings if readings is None else readings
-    reasons: dict[str, set[int]] = {}
+    readings = sorted(model.readings if readings is None else readings, key=lambda reading: reading.length)
+    reasons: dict[str, list[Reading]] = {}
     for reading in readings:
         if reason := why_none(reading):
-            reasons.setdefault(reason, set()).add(reading.length)
+            reasons.setdefault(re.sub(r"\d+", "0", reason), []).append(reading)
     lengths = {reading.length for reading in readings}
-    return [f"fails {_where(found, lengths)}: {reason}" for reason, found in reasons.items()]
+    return [f"fails {_where({r.length for r in found}, lengths)}: {why_none(found[0])}" for found in reasons.values()]
 
 
 def _where(some: set[int], lengths: set[int]) -> str:
@@ -144,6 +148,18 @@ def _where(some: set[int], lengths: set[int]) -> str:
 def tokenizers_differ(report: Evaluation) -> bool:
     """True if the models cut the text into different tokens, so that their perplexities are not to be compared."""
     return len({(model.vocabulary, model.tokens) for model in report.models if not model.failure}) > 1
+
+
+def all_notes(report: Evaluation) -> list[str]:
+    """Return what a reader has to know, with the names of the models that it is about where it is not about all."""
+    about: dict[str, list[str]] = {}
+    for model in report.models:
+        for note in model.notes:
+            about.setdefault(note, []).append(model.name)
+    whole = [
+        note if len(names) == len(report.models) else f"{', '.join(names)}: {note}" for note, names in about.items()
+    ]
+    return report.notes + whole
 
 
 def number(value: float | None) -> str:
@@ -164,6 +180,7 @@ def shortened(name: str, most: int = 48) -> str:
 
 __all__ = [
     "WITHIN",
+    "all_notes",
     "failures",
     "finding",
     "finite_perplexity",

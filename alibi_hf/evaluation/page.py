@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alibi_hf.evaluation.findings import (
     WITHIN,
+    all_notes,
     failures,
     finding,
     headline,
@@ -20,21 +21,18 @@ from alibi_hf.evaluation.findings import (
 )
 from alibi_hf.evaluation.page_figures import draw, swatches
 from alibi_hf.evaluation.plot import PANELS, label
-from alibi_hf.evaluation.table import COLUMNS, TOKENIZERS, perplexity, reading_cells
+from alibi_hf.evaluation.table import COLUMNS, NO_PICTURE, TOKENIZERS, perplexity, reading_cells
 from alibi_hf.pages import Figure, as_html, definitions, figure_grid, key, section, table, unordered
 
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
 
 HOW_TO_READ = (
-    "Windows that do not overlap: a token sees what its window holds before it, half the length on average. Longer "
-    "windows have a smaller share of tokens with little context, and most of what they gain is that (the early-token "
-    "curse); it is no sign that a model uses a long context.",
-    "Sliding window: every token that is counted has nearly the whole length before it, so that what a longer window "
-    "gains is use of context. A flat line is a model that reads past its training length and gains nothing from it.",
-    "The standard error is over windows. All lengths read the same text, and most of it is the text's: it says how far "
-    "another text may lie, not how far two lengths do.",
-    "Perplexities compare models with the same tokenizer only. Bits a byte compare any.",
+    "What non-overlapping windows gain as they grow is mostly that a smaller share of their tokens has little context "
+    "(the early-token curse). The sliding window shows use of context: where it is flat past the training length, the "
+    "model reads on and gains nothing from what is farther away.",
+    "The standard error is over windows. All lengths read the same text: it says how far another text may lie, not how "
+    "far two lengths do.",
 )
 
 
@@ -60,7 +58,7 @@ def _header(report: Evaluation) -> str:
 
 def _figures(report: Evaluation, groups: dict[str, list[Figure]] | None) -> str:
     if groups is None:
-        return section("Figures", figure_grid(None))
+        return section("Figures", f'{figure_grid(None)}<p class="dim">{escape(NO_PICTURE)}</p>\n')
     pairs = zip(swatches(report), report.models, strict=True)
     names = key((swatch, label(model, whole=True)) for swatch, model in pairs)
     drawn = "".join(section(heading, figure_grid(figures)) for heading, figures in groups.items() if figures)
@@ -148,8 +146,7 @@ def _of_file(file: dict[str, Any]) -> str:
 
 
 def _notes(report: Evaluation) -> str:
-    notes = [*report.notes, *(f"{model.name}: {note}" for model in report.models for note in model.notes)]
-    return section("Notes", unordered([*notes, *HOW_TO_READ]))
+    return section("Notes", unordered([*all_notes(report), *HOW_TO_READ]))
 
 
 __all__ = ["as_page"]

@@ -20,7 +20,7 @@ from alibi_hf.pages.figures import drawing, line_style
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
 
-PANELS: dict[Protocol, str] = {"non-overlapping": "windows that do not overlap", "sliding": "sliding window"}
+PANELS: dict[Protocol, str] = {"non-overlapping": "non-overlapping windows", "sliding": "sliding window"}
 MARKS = "A triangle below stands at the length a model was trained at"
 CROSSES = "a cross above at a length where it has no perplexity"
 WIDTH, PANEL_HEIGHT, LINE = 11.0, 3.6, 0.2  # inches

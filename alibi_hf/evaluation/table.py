@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alibi_hf.evaluation.findings import (
+    all_notes,
     finding,
     finite_perplexity,
     headline,
@@ -24,6 +25,7 @@ from alibi_hf.evaluation.findings import (
     why_none,
 )
 from alibi_hf.evaluation.plot import PANELS
+from alibi_hf.pages.figures import drawing
 
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol, Reading
@@ -46,6 +48,7 @@ COLUMNS = (
     "result",
 )
 ACROSS = 4  # models side by side on a terminal
+NO_PICTURE = 'matplotlib is not installed, so there is no evaluation.png: pip install "alibi-hf[plots]".'
 TOKENIZERS = "The models have different tokenizers: compare their bits a byte, not their perplexities."
 
 
@@ -60,7 +63,9 @@ def as_table(report: Evaluation) -> RenderableType:
     for title, cell in shown.items():
         tables += [Text(f"\n{title}"), *(_table(cell, models) for models in groups)]
     lines = [finding(model) for model in report.models] + [TOKENIZERS] * tokenizers_differ(report)
-    lines += report.notes + [f"{model.name}: {note}" for model in report.models for note in model.notes]
+    lines += all_notes(report)
+    with drawing() as able:
+        lines += [] if able else [NO_PICTURE]
     return Group(Text(headline(report), style="bold"), *tables, *(Text(f"* {line}") for line in lines))
 
 
@@ -113,4 +118,4 @@ def bits(reading: Reading) -> str:
     return "" if not math.isfinite(reading.bits_per_byte or math.nan) else f"{reading.bits_per_byte:.4f}"
 
 
-__all__ = ["COLUMNS", "TOKENIZERS", "as_table", "bits", "perplexity", "reading_cells"]
+__all__ = ["COLUMNS", "NO_PICTURE", "TOKENIZERS", "as_table", "bits", "perplexity", "reading_cells"]

@@ -101,11 +101,10 @@ def test_without_matplotlib_there_is_no_picture_and_it_is_said(tmp_path, monkeyp
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said: list[str] = []
-    monkeypatch.setattr("alibi_hf.evaluation.files.logger.warning", said.append)
     usual().save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if not name.endswith("png")]
-    assert len(said) == 1 and 'evaluation.png was not drawn: pictures need matplotlib: pip install "' in said[0]
+    assert "there is no evaluation.png: pip install" in printed(usual())
+    assert "there is no evaluation.png: pip install" in (tmp_path / "evaluation.html").read_text(encoding="utf-8")
 
 
 def test_the_terminal_shows_both_protocols_and_what_was_found() -> None:

@@ -5,7 +5,17 @@ import math
 
 import pytest
 
-from alibi_hf.evaluation.findings import failures, finding, gains, headline, holds_to, number, shortened, telling
+from alibi_hf.evaluation.findings import (
+    all_notes,
+    failures,
+    finding,
+    gains,
+    headline,
+    holds_to,
+    number,
+    shortened,
+    telling,
+)
 from tests.evaluation.evaluations import TOO_LONG, evaluation, model, usual
 
 
@@ -79,6 +89,15 @@ def test_failures_are_grouped_by_reason_with_their_lengths() -> None:
         "fails at 16,384 tokens: the perplexity is past 1e+100",
     ]
     assert failures(model("a", [20.0])) == []
+    numbered = [
+        dataclasses.replace(r, loss=None, failure=f"{r.length} of 256") for r in model("b", [20.0, 21.0]).readings
+    ]
+    assert failures(model("b", [20.0], readings=numbered[::-1])) == ["fails at every length: 256 of 256"]
+
+
+def test_notes_name_the_models_that_they_are_about() -> None:
+    models = [model("a", [20.0], notes=["both", "one"]), model("b", [20.0], notes=["both"])]
+    assert all_notes(evaluation(*models)) == ["The same tokens at every length.", "both", "a: one"]
 
 
 def test_the_gain_is_that_of_one_protocol_over_the_other() -> None:

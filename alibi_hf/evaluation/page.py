@@ -27,6 +27,7 @@ from alibi_hf.pages import Figure, as_html, definitions, figure_grid, key, secti
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
 
+FILES = 8  # of the text that are named; evaluation.json names all
 HOW_TO_READ = (
     "What non-overlapping windows gain as they grow is mostly that a smaller share of their tokens has little context "
     "(the early-token curse). The sliding window shows use of context: where it is flat past the training length, the "
@@ -128,8 +129,9 @@ def _readings(report: Evaluation) -> str:
 def _about(report: Evaluation) -> str:
     """What was read, where and how."""
     loaded = [(m.name, m.path_or_id + (f" at {m.revision}" if m.revision else "")) for m in report.models]
+    more = len(report.text) - FILES
     rows = {
-        "Text": "; ".join(f"{file['name']} ({_of_file(file)})" for file in report.text),
+        "Text": "; ".join(map(_of_file, report.text[:FILES])) + (f"; {more} more files" if more > 0 else ""),
         "Models": "; ".join(f"{name}: {where}" for name, where in loaded),
         "Lengths": ", ".join(f"{length:,}" for length in report.lengths),
         "Machine": ", ".join(f"{name} {value}" for name, value in report.machine.items()),
@@ -142,7 +144,7 @@ def _about(report: Evaluation) -> str:
 
 def _of_file(file: dict[str, Any]) -> str:
     known = {name: f"{value:,}" if isinstance(value, int) else value for name, value in file.items() if name != "name"}
-    return ", ".join(f"{name} {value}" for name, value in known.items())
+    return f"{file['name']} ({', '.join(f'{name} {value}' for name, value in known.items())})"
 
 
 def _notes(report: Evaluation) -> str:

@@ -12,7 +12,7 @@ from alibi_hf.pages.figures import DIM, Figure, as_svg, drawing, line_style, pan
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol, Reading
 
-PERPLEXITY, GAIN, POSITION = "Perplexity against length", "What context gains", "Loss by position in the window"
+PERPLEXITY, GAIN, POSITION = "Perplexity against length", "Gain from context", "Loss by position in the window"
 EXPLAINED = {
     "non-overlapping": "Each window is read by itself: the tokens at its start have little context, and that is a "
     "smaller share of a longer window.",
@@ -83,8 +83,9 @@ def _gain(report: Evaluation) -> Figure:
     axes.set_xlabel("tokens in a window (1k is 1,024)")
     caption = (
         "What the tokens at the start of each window lose for want of context. As windows grow it goes to zero, and "
-        "the perplexity without overlap falls by as much with no token read better: the early-token curse. Below zero: "
-        "a model that reads worse with more context."
+        "the perplexity without overlap falls by as much with no token read better: the early-token curse. What is "
+        "left at the right may be the start of the text, which the sliding window leaves out. Below zero: a model that "
+        "reads worse with more context."
     )
     return Figure(as_svg(figure, title, caption), caption)
 
@@ -115,7 +116,8 @@ def _positions(model: ModelEvaluation, place: int, readings: list[Reading], loss
     axes.set_xlabel("position in the window, tokens (1k is 1,024)")
     axes.set_ylabel("loss, nats")
     lengths = ", ".join(f"{reading.length:,}" for reading in sorted(readings, key=lambda reading: reading.length))
-    caption = f"{model.name}, a line for each length ({lengths}), the longest bold: windows that do not overlap."
+    caption = f"{model.name}, a line for each length ({lengths}), the longest bold: non-overlapping windows. The "
+    caption += "first points are over few tokens, one or two a window."
     if model.trained_length and model.trained_length <= longest:
         caption += f" Dotted: {model.trained_length:,} tokens, its training length."
     return Figure(as_svg(figure, f"loss by position, {model.name}", caption), caption)

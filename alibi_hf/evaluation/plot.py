@@ -24,7 +24,7 @@ PANELS: dict[Protocol, str] = {"non-overlapping": "non-overlapping windows", "sl
 MARKS = "A triangle below stands at the length a model was trained at"
 CROSSES = "a cross above at a length where it has no perplexity"
 WIDTH, PANEL_HEIGHT, LINE = 11.0, 3.6, 0.2  # inches
-CHARACTERS = 150  # in a line of text as wide as the picture
+CHARACTERS = 170  # in a line of text as wide as the picture
 REASON = 3 * CHARACTERS  # of a failure, at most
 
 

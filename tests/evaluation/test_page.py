@@ -38,7 +38,7 @@ def test_what_was_found_stands_at_the_top(text) -> None:
     assert page.texts["li"][:4] == [f"{finding(each)}." for each in report.models]
     assert page.texts["h2"] == [
         "Perplexity against length",
-        "What context gains",
+        "Gain from context",
         "Loss by position in the window",
         "Perplexity by length",
         "What fails, and why",
@@ -72,7 +72,7 @@ def test_what_fails_is_shown_with_its_reason(text) -> None:
 
 
 def test_its_figures(text) -> None:
-    expected = {"Perplexity against length": 2, "What context gains": 1, "Loss by position in the window": 3}
+    expected = {"Perplexity against length": 2, "Gain from context": 1, "Loss by position in the window": 3}
     assert figures_of(usual()) == expected
     page = Page(text)
     assert len(page.texts["figcaption"]) == 6 and len(page.named("svg")) == 6 + 4, "and a line of the key a model"
@@ -81,7 +81,13 @@ def test_its_figures(text) -> None:
     assert figures_of(evaluation(*other))["Perplexity against length"] == 3, "bits a byte"
     assert "different tokenizers" in as_page(evaluation(*other)) and "different tokenizers" not in text
     alone = dataclasses.replace(other[0], readings=[r for r in other[0].readings if r.protocol == "sliding"])
-    assert figures_of(evaluation(alone))["What context gains"] == 0
+    assert figures_of(evaluation(alone))["Gain from context"] == 0
+
+
+def test_a_text_of_many_files_stays_short() -> None:
+    files = [{"name": f"{number}.txt", "bytes": 1000} for number in range(20)]
+    text = as_page(evaluation(model("a", [20.0]), text=files))
+    assert "7.txt (bytes 1,000); 12 more files" in text and "8.txt" not in text
 
 
 def test_a_figure_moves_with_its_numbers() -> None:
@@ -92,7 +98,7 @@ def test_a_figure_moves_with_its_numbers() -> None:
 
     first, second = drawn(21.0), drawn(22.0)
     assert first["Perplexity against length"][1] != second["Perplexity against length"][1]
-    assert first["What context gains"] != second["What context gains"]
+    assert first["Gain from context"] != second["Gain from context"]
     assert first["Loss by position in the window"] == second["Loss by position in the window"], "of the other protocol"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alibi_hf.evaluation.axes import token_axis, value_axis
 from alibi_hf.evaluation.findings import finite_perplexity, gains, of_protocol, shortened, telling, tokenizers_differ
@@ -42,9 +42,16 @@ def swatches(report: Evaluation) -> list[str]:
         return [swatch(number) if able else "" for number in range(len(report.models))]
 
 
+def _wide_panel(title: str) -> tuple[Any, Any]:
+    """A panel with no room for words at its right."""
+    figure, axes = panel(title)
+    figure.subplots_adjust(right=0.97)
+    return figure, axes
+
+
 def _perplexity(report: Evaluation, protocol: Protocol) -> Figure:
     title = PANELS[protocol]
-    figure, axes = panel(title)
+    figure, axes = _wide_panel(title)
     draw_perplexity(axes, report, protocol)
     axes.set_ylabel("perplexity")
     failed = any(finite_perplexity(r) is None for model in report.models for r in of_protocol(model, protocol))
@@ -57,7 +64,7 @@ def _perplexity(report: Evaluation, protocol: Protocol) -> Figure:
 def _bits(report: Evaluation) -> Figure:
     """Bits a byte by length: what models with different tokenizers are compared by."""
     title = "bits a byte of text"
-    figure, axes = panel(title)
+    figure, axes = _wide_panel(title)
     lines = [[(r.length, r.bits_per_byte) for r in telling(model) if finite_perplexity(r)] for model in report.models]
     for place, line in enumerate(lines):
         draw_line(axes, line, line_style(place))
@@ -74,7 +81,7 @@ def _gain(report: Evaluation) -> Figure:
     from matplotlib.ticker import PercentFormatter
 
     title = "perplexity without overlap, above the sliding one"
-    figure, axes = panel(title)
+    figure, axes = _wide_panel(title)
     for place, model in enumerate(report.models):
         draw_line(axes, gains(model).items(), line_style(place))
     token_axis(axes, [length for model in report.models for length in gains(model)])
@@ -103,7 +110,7 @@ def _by_position(report: Evaluation) -> list[Figure]:
 
 
 def _positions(model: ModelEvaluation, place: int, readings: list[Reading], losses: list[float]) -> Figure:
-    figure, axes = panel(shortened(model.name))
+    figure, axes = _wide_panel(shortened(model.name))
     style = line_style(place) | {"linewidth": 1.2, "markersize": 3.5, "linestyle": "-"}
     longest = max(reading.length for reading in readings)
     for reading in readings:

@@ -9,7 +9,7 @@ from typing import Any
 LABELS = 9  # along an axis of tokens, at most
 LOGARITHMIC_FROM = 4.0  # largest over smallest value
 FLAT = 0.05  # an axis shows at least this share of its values, so that noise does not look like a slope
-STEP = 0.06  # between marks that stand over each other, as a share of the axis
+STEP, STACK = 0.06, 0.3  # between marks that stand over each other, and all of them, at most: shares of the axis
 
 
 def token_axis(axes: Any, lengths: Iterable[int]) -> None:
@@ -58,7 +58,7 @@ def value_axis(axes: Any, values: Sequence[float], above: int = 0, below: int = 
     if not logarithmic:
         middle, half = (start + stop) / 2, max((stop - start) / 2, start * FLAT / 2)
         start, stop = middle - half, middle + half
-    head, foot = 0.05 + STEP * above, 0.05 + STEP * below
+    head, foot = (0.05 + _step(marks) * marks for marks in (above, below))
     unit = (stop - start) / (1 - head - foot)
     limits = start - foot * unit, stop + head * unit
     if logarithmic:
@@ -74,11 +74,17 @@ def value_axis(axes: Any, values: Sequence[float], above: int = 0, below: int = 
 def edge_marks(axes: Any, marks: Iterable[tuple[float, str]], marker: str, top: bool) -> None:
     """Draw a mark at the top or bottom edge for each pair of tokens and colour, stacked where tokens are the same."""
     stacked: dict[float, int] = {}
+    marks = list(marks)
+    step = _step(highest_stack(place for place, _ in marks))
     for place, color in marks:
         count = stacked[place] = stacked.get(place, 0) + 1
-        height = 1 + STEP / 2 - STEP * count if top else STEP * count - STEP / 2
+        height = 1 - step * (count - 0.5) if top else step * (count - 0.5)
         form = {"marker": marker, "markersize": 6.5, "markeredgewidth": 2 if top else 0, "linestyle": "none"}
         axes.plot([place], [height], color=color, transform=axes.get_xaxis_transform(), clip_on=False, **form)
+
+
+def _step(marks: int) -> float:
+    return min(STEP, STACK / max(marks, 1))
 
 
 def highest_stack(places: Iterable[float]) -> int:

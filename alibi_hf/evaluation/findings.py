@@ -94,7 +94,7 @@ def finding(model: ModelEvaluation) -> str:
     held, longest, best = holds_to(readings), readings[-1].length, min(numbers, key=lambda length: numbers[length])
     if len(readings) == 1:
         return f"{model.name} has a perplexity of {number(numbers[held])} at {held:,} tokens, the only length"
-    parts = [f"{model.name} {_held(model, held)}" if held else model.name]
+    parts = []
     if held == longest:
         lowest = f"{number(numbers[best])} at best ({best:,} tokens)"
         lowest = "its best" if numbers[held] == numbers[best] else lowest
@@ -105,7 +105,8 @@ def finding(model: ModelEvaluation) -> str:
             f"perplexity {number(numbers[last])} at {last:,} tokens, {times:.3g} times its best "
             f"({number(numbers[best])} at {best:,})"
         )
-    return "; ".join(parts + failures(model, readings)).replace(";", ":", 1)
+    start = f"{model.name} {_held(model, held)}" if held else model.name
+    return f"{start}: {'; '.join(parts + failures(model, readings))}"
 
 
 def _held(model: ModelEvaluation, held: int) -> str:

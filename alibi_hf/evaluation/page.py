@@ -46,7 +46,7 @@ def as_page(report: Evaluation) -> str:
 
 def _header(report: Evaluation) -> str:
     """What was found, a line a model."""
-    lines = [finding(model) + "." for model in report.models] + [TOKENIZERS] * tokenizers_differ(report)
+    lines = [finding(model).rstrip(".") + "." for model in report.models] + [TOKENIZERS] * tokenizers_differ(report)
     protocols = {reading.protocol for model in report.models for reading in telling(model)}
     how = " and ".join(PANELS[protocol] for protocol in PANELS if protocol in protocols)
     rule = f"A model holds to a length if no perplexity up to there is more than {WITHIN:.0%} above its best before it"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alibi_hf.evaluation.axes import token_axis, value_axis
-from alibi_hf.evaluation.findings import finite_perplexity, gains, of_protocol, shortened, telling, tokenizers_differ
-from alibi_hf.evaluation.plot import CROSSES, MARKS, PANELS, draw_line, draw_perplexity
+from alibi_hf.evaluation.findings import finite_perplexity, gains, shortened, telling, tokenizers_differ
+from alibi_hf.evaluation.plot import PANELS, draw_line, draw_perplexity, marks_in_words
 from alibi_hf.pages.figures import DIM, Figure, as_svg, drawing, line_style, panel, swatch
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ def _perplexity(report: Evaluation, protocol: Protocol) -> Figure:
     figure, axes = _wide_panel(title)
     draw_perplexity(axes, report, protocol)
     axes.set_ylabel("perplexity")
-    failed = any(finite_perplexity(r) is None for model in report.models for r in of_protocol(model, protocol))
-    marks = [MARKS] * any(model.trained_length for model in report.models) + [CROSSES] * failed
-    about = "; ".join(marks)
-    caption = EXPLAINED[protocol] + (f" {about[0].upper()}{about[1:]}." if about else "")
+    caption = f"{EXPLAINED[protocol]} {marks_in_words(report, [protocol])}".rstrip()
     return Figure(as_svg(figure, title, caption), caption)
 
 
@@ -65,7 +62,7 @@ def _bits(report: Evaluation) -> Figure:
     """Bits a byte by length: what models with different tokenizers are compared by."""
     title = "bits a byte of text"
     figure, axes = _wide_panel(title)
-    lines = [[(r.length, r.bits_per_byte) for r in telling(model) if finite_perplexity(r)] for model in report.models]
+    lines = [[(r.length, r.bits_per_byte if finite_perplexity(r) else None) for r in telling(m)] for m in report.models]
     for place, line in enumerate(lines):
         draw_line(axes, line, line_style(place))
     token_axis(axes, [length for line in lines for length, _ in line])
@@ -83,7 +80,8 @@ def _gain(report: Evaluation) -> Figure:
     title = "perplexity without overlap, above the sliding one"
     figure, axes = _wide_panel(title)
     for place, model in enumerate(report.models):
-        draw_line(axes, gains(model).items(), line_style(place))
+        found = gains(model)
+        draw_line(axes, [(reading.length, found.get(reading.length)) for reading in telling(model)], line_style(place))
     token_axis(axes, [length for model in report.models for length in gains(model)])
     axes.axhline(0, color=DIM, linewidth=1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0 if _range(report) > 0.05 else 1))

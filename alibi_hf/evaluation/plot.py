@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
 
 PANELS: dict[Protocol, str] = {"non-overlapping": "non-overlapping windows", "sliding": "sliding window"}
-MARKS = "A triangle below stands at the length a model was trained at"
-CROSSES = "a cross above at a length where it has no perplexity"
+TRAINED = "a triangle below stands at the length a model was trained at"
+FAILED = "a cross above at a length where it has no perplexity"
 WIDTH, PANEL_HEIGHT, LINE = 11.0, 3.6, 0.2  # inches
 CHARACTERS = 170  # in a line of text as wide as the picture
 REASON = 3 * CHARACTERS  # of a failure, at most
@@ -81,13 +81,12 @@ def draw_perplexity(axes: Any, report: Evaluation, protocol: Protocol, picture: 
         picture: True for a file of its own, False for a figure of a page; see `drawing`.
     """
     trained, failed = [], []
-    lengths = {reading.length for model in report.models for reading in model.readings}
+    lengths = _lengths(report)
     for place, model in enumerate(report.models):
         style = line_style(place, picture)
         draw_line(axes, [(r.length, finite_perplexity(r)) for r in of_protocol(model, protocol)], style)
         failed += [(r.length, style["color"]) for r in of_protocol(model, protocol) if finite_perplexity(r) is None]
-        if model.trained_length and lengths and min(lengths) <= model.trained_length <= max(lengths):
-            trained.append((model.trained_length, style["color"]))
+        trained += [(length, style["color"]) for length in _trained_within(model, lengths)]
     token_axis(axes, lengths)
     readings = [reading for model in report.models for reading in model.readings]
     values = [found for reading in readings if (found := finite_perplexity(reading)) is not None]
@@ -96,6 +95,24 @@ def draw_perplexity(axes: Any, report: Evaluation, protocol: Protocol, picture: 
     edge_marks(axes, failed, "x", top=True)
     edge_marks(axes, trained, "^", top=False)
     axes.set_xlabel("tokens in a window (1k is 1,024)")
+
+
+def _lengths(report: Evaluation) -> set[int]:
+    return {reading.length for model in report.models for reading in model.readings}
+
+
+def _trained_within(model: ModelEvaluation, lengths: set[int]) -> list[int]:
+    """The training length, where the axis has a place for it."""
+    known = model.trained_length
+    return [known] if known and lengths and min(lengths) <= known <= max(lengths) else []
+
+
+def marks_in_words(report: Evaluation, protocols: Iterable[Protocol]) -> str:
+    """Return a sentence on the marks that panels of these protocols have; nothing where they have none."""
+    trained = any(_trained_within(model, _lengths(report)) for model in report.models)
+    failed = any(_lost(report, protocol) for protocol in protocols)
+    said = "; ".join([TRAINED] * trained + [FAILED] * failed)
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def _lost(report: Evaluation, protocol: Protocol) -> list[float]:
@@ -120,9 +137,7 @@ def label(model: ModelEvaluation, whole: bool = False) -> str:
 def _below(report: Evaluation) -> list[str]:
     """The lines under the key: what the marks mean, and why what fails does."""
     failed = [f"{shortened(model.name)} {line}" for model in report.models for line in failures(model)]
-    parts = [MARKS] * any(model.trained_length for model in report.models) + [CROSSES] * bool(failed)
-    about = "; ".join(parts)
-    lines = [f"{about[0].upper()}{about[1:]}."] if about else []
+    lines = [line for line in [marks_in_words(report, PANELS)] if line]
     for reason in failed:
         lines += wrap(shorten(reason, REASON, placeholder=" ..."), CHARACTERS, subsequent_indent="    ")
     return lines
@@ -132,4 +147,4 @@ def _undated(path: Path) -> dict[str, Any] | None:
     return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:].lower())
 
 
-__all__ = ["PANELS", "draw_line", "draw_perplexity", "label", "plot_perplexity"]
+__all__ = ["PANELS", "draw_line", "draw_perplexity", "label", "marks_in_words", "plot_perplexity"]

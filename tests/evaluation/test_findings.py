@@ -54,6 +54,9 @@ def test_each_model_has_its_sentence() -> None:
         f"mpt holds to 256 tokens, its training length: fails from 512 tokens on: {TOO_LONG}",
         "broken could not be read: OSError: there is no tokenizer",
     ]
+    assert finding(model("a;b", [20.0, 20.0])) == (
+        "a;b holds to 512 tokens, 2 times its training length: perplexity 20.00 there, its best"
+    )
     assert finding(model("a", [20.0])) == "a has a perplexity of 20.00 at 256 tokens, the only length"
     assert finding(model("a", [None, None])) == f"a fails at every length: {TOO_LONG}"
     assert finding(model("a", [20.0, 19.0], trained_length=None)).startswith("a holds to 512 tokens: ")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from alibi_hf.evaluation.axes import token_axis, tokens, value_axis
-from alibi_hf.evaluation.plot import PANELS, draw_perplexity, plot_perplexity
+from alibi_hf.evaluation.plot import PANELS, draw_perplexity, marks_in_words, plot_perplexity
 from alibi_hf.pages.figures import SERIES, VARIABLES, drawing, light, line_style
 from tests.evaluation.evaluations import evaluation, model, usual
 from tests.pages import HOSTILE
@@ -61,6 +61,26 @@ def test_the_trained_length_of_each_model_is_marked() -> None:
     marks = lines_of(panels_of(report)["sliding"], "^")
     assert [line.get_xdata()[0] for line in marks] == [256, 512, 256], "those within the lengths"
     assert marks[0].get_ydata()[0] < marks[2].get_ydata()[0] < 0.2
+
+
+def test_many_marks_leave_room_for_the_lines() -> None:
+    models = [model(f"m{place}", [20.0, None]) for place in range(20)]
+    axes = panels_of(evaluation(*models))["sliding"]
+    low, high = axes.get_ylim()
+    heights = [line.get_ydata()[0] for marker in "x^" for line in lines_of(axes, marker)]
+    assert len(set(heights)) == 40 and all(0 < height < 0.31 or 0.69 < height < 1 for height in heights)
+    assert 0.3 < (20.0 - low) / (high - low) < 0.7
+
+
+def test_the_caption_names_the_marks_that_are_there() -> None:
+    assert marks_in_words(usual(), PANELS) == (
+        "A triangle below stands at the length a model was trained at; a cross above at a length where it has no "
+        "perplexity."
+    )
+    beyond = evaluation(model("a", [20.0, 21.0], trained_length=4096))
+    assert marks_in_words(beyond, PANELS) == ""
+    beyond = evaluation(model("a", [20.0, None], trained_length=4096))
+    assert marks_in_words(beyond, ["sliding"]).startswith("A cross above")
 
 
 @pytest.mark.parametrize(

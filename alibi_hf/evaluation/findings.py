@@ -57,15 +57,13 @@ def holds_to(readings: Sequence[Reading]) -> int:
     return held
 
 
-def gains(model: ModelEvaluation) -> dict[int, float]:
-    """Return by length how much higher the perplexity is without overlap than with a sliding window: 0.1 is 10 %."""
-    sliding = {reading.length: finite_perplexity(reading) for reading in of_protocol(model, "sliding")}
-    found = {}
-    for reading in of_protocol(model, "non-overlapping"):
-        with_context, without = sliding.get(reading.length), finite_perplexity(reading)
-        if with_context is not None and without is not None:
-            found[reading.length] = without / with_context - 1
-    return found
+def against_shortest(model: ModelEvaluation, protocol: Protocol) -> dict[int, float]:
+    """Return by length the perplexity over that at the shortest length, which has read the same text.
+
+    One protocol is compared with itself only: the sliding one predicts fewer tokens of the text than the other.
+    """
+    numbers = {r.length: found for r in of_protocol(model, protocol) if (found := finite_perplexity(r)) is not None}
+    return {length: found / numbers[min(numbers)] for length, found in numbers.items()} if len(numbers) > 1 else {}
 
 
 def headline(report: Evaluation) -> str:
@@ -181,11 +179,11 @@ def shortened(name: str, most: int = 48) -> str:
 
 __all__ = [
     "WITHIN",
+    "against_shortest",
     "all_notes",
     "failures",
     "finding",
     "finite_perplexity",
-    "gains",
     "headline",
     "holds_to",
     "number",

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alibi_hf.evaluation.axes import token_axis, value_axis
-from alibi_hf.evaluation.findings import finite_perplexity, gains, shortened, telling, tokenizers_differ
+from alibi_hf.evaluation.findings import (
+    against_shortest,
+    finite_perplexity,
+    of_protocol,
+    shortened,
+    telling,
+    tokenizers_differ,
+)
 from alibi_hf.evaluation.plot import PANELS, draw_line, draw_perplexity, marks_in_words
 from alibi_hf.pages.figures import DIM, Figure, as_svg, drawing, line_style, panel, swatch
 
@@ -20,6 +27,13 @@ EXPLAINED = {
     "what falls here is use of context.",
 }
 
+GAINED = {
+    "non-overlapping": "What falls here is mostly the early-token curse: fewer tokens stand at the start of a window, "
+    "with little context. It falls for a model that uses no more context, too.",
+    "sliding": "The same tokens of the text at every length, each with a long context. What falls here is gained from "
+    "the context that a longer window adds; above 1, more context makes the model read worse.",
+}
+
 
 def draw(report: Evaluation) -> dict[str, list[Figure]] | None:
     """Return the figures under their headings; None where matplotlib is not installed."""
@@ -31,7 +45,7 @@ def draw(report: Evaluation) -> dict[str, list[Figure]] | None:
         return {
             PERPLEXITY: [_perplexity(report, protocol) for protocol in PANELS]
             + [_bits(report)] * tokenizers_differ(report),
-            GAIN: [_gain(report)] if any(map(gains, report.models)) else [],
+            GAIN: _gains(report),
             POSITION: _by_position(report),
         }
 
@@ -73,31 +87,25 @@ def _bits(report: Evaluation) -> Figure:
     return Figure(as_svg(figure, title, caption), caption)
 
 
-def _gain(report: Evaluation) -> Figure:
-    """How much the perplexity without overlap is above that with a sliding window."""
-    from matplotlib.ticker import PercentFormatter
+def _gains(report: Evaluation) -> list[Figure]:
+    """How perplexity moves from the shortest length on, a figure a protocol, on the same axes."""
+    found = {p: {m.name: against_shortest(m, p) for m in report.models} for p in PANELS}
+    values = [value for models in found.values() for gains in models.values() for value in gains.values()]
+    return [_gain(report, protocol, found[protocol], values) for protocol in PANELS if any(found[protocol].values())]
 
-    title = "perplexity without overlap, above the sliding one"
+
+def _gain(report: Evaluation, protocol: Protocol, found: dict[str, dict[int, float]], values: list[float]) -> Figure:
+    title = f"{PANELS[protocol]}, over the shortest length"
     figure, axes = _wide_panel(title)
     for place, model in enumerate(report.models):
-        found = gains(model)
-        draw_line(axes, [(reading.length, found.get(reading.length)) for reading in telling(model)], line_style(place))
-    token_axis(axes, [length for model in report.models for length in gains(model)])
-    axes.axhline(0, color=DIM, linewidth=1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %", decimals=0 if _range(report) > 0.05 else 1))
+        lengths = [reading.length for reading in of_protocol(model, protocol)]
+        draw_line(axes, [(length, found[model.name].get(length)) for length in lengths], line_style(place))
+    token_axis(axes, [length for gains in found.values() for length in gains])
+    value_axis(axes, values)
+    axes.axhline(1, color=DIM, linewidth=1)
     axes.set_xlabel("tokens in a window (1k is 1,024)")
-    caption = (
-        "What the tokens at the start of each window lose for want of context. As windows grow it goes to zero, and "
-        "the perplexity without overlap falls by as much with no token read better: the early-token curse. What is "
-        "left at the right may be the start of the text, which the sliding window leaves out. Below zero: a model that "
-        "reads worse with more context."
-    )
-    return Figure(as_svg(figure, title, caption), caption)
-
-
-def _range(report: Evaluation) -> float:
-    found = [gain for model in report.models for gain in gains(model).values()]
-    return max(found) - min(found)
+    axes.set_ylabel("perplexity, times")
+    return Figure(as_svg(figure, title, GAINED[protocol]), GAINED[protocol])
 
 
 def _by_position(report: Evaluation) -> list[Figure]:

@@ -6,10 +6,10 @@ import math
 import pytest
 
 from alibi_hf.evaluation.findings import (
+    against_shortest,
     all_notes,
     failures,
     finding,
-    gains,
     headline,
     holds_to,
     number,
@@ -103,12 +103,12 @@ def test_notes_name_the_models_that_they_are_about() -> None:
     assert all_notes(evaluation(*models)) == ["The same tokens at every length.", "both", "a: one"]
 
 
-def test_the_gain_is_that_of_one_protocol_over_the_other() -> None:
-    assert gains(model("a", [20.0, 20.0, None], [30.0, 15.0, 20.0])) == {
-        256: pytest.approx(0.5),
-        512: pytest.approx(-0.25),
-    }
-    assert gains(model("a", [], failure="no folder")) == {}
+def test_each_protocol_is_compared_with_its_own_shortest_length() -> None:
+    read = model("a", [20.0, 15.0, None, 30.0], [40.0, 30.0, 20.0, 20.0])
+    assert against_shortest(read, "sliding") == {256: 1.0, 512: pytest.approx(0.75), 2048: pytest.approx(1.5)}
+    assert against_shortest(read, "non-overlapping")[1024] == pytest.approx(0.5)
+    assert against_shortest(model("a", [20.0, None]), "sliding") == {}
+    assert against_shortest(model("a", [], failure="no folder"), "sliding") == {}
 
 
 def test_numbers_are_shown_in_few_digits() -> None:

@@ -33,6 +33,8 @@ from alibi_hf.errors import (
     UnsafeSourceError,
 )
 from alibi_hf.evaluation import Evaluation, evaluate
+from alibi_hf.evaluation.reach import reach
+from alibi_hf.evaluation.reach_report import Reach
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import (
     AlibiForCausalLM,
@@ -89,6 +91,7 @@ __all__ = [
     "Inspection",
     "NotEnoughMemoryError",
     "NotProvedError",
+    "Reach",
     "Retrofit",
     "TensorError",
     "UnknownFamilyError",
@@ -100,6 +103,7 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "list_families",
+    "reach",
     "retrofit",
     "verify",
 ]

@@ -232,6 +232,46 @@ def verify(
 
 
 @app.command()
+def reach(
+    source: Annotated[str, typer.Argument(help="An ALiBi model: a folder in any of the layouts, or a Hub id.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file to read, or several; default: the one shipped.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens; default: 256,1024,4096.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for reach.json, .csv, .html and .png.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on CPU, else as stored.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")] = "cpu",
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what each head looks at: distances, collapsed heads, provable windows, and what 16 bits do to the bias.
+
+    Without --output nothing is written, only shown.
+    """
+    with _errors():
+        with _progress(quiet or as_json) as progress:
+            report = alibi_hf.reach(
+                source,
+                text,
+                lengths=_lengths(lengths),
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                allow_pickle=allow_pickle,
+                output=output,
+                overwrite=overwrite,
+                progress=progress,
+                command=shlex.join(["alibi-hf", *sys.argv[1:]]),
+            )
+        _show(report, as_json, quiet)
+
+
+@app.command()
 def families(
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,

@@ -14,10 +14,11 @@ from alibi_hf.checkpoints.export import Export
 from alibi_hf.checkpoints.inspect import Inspection
 from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList
 from alibi_hf.evaluation import Evaluation
+from alibi_hf.evaluation.reach_report import Reach
 from alibi_hf.retrofitting import Retrofit
 from alibi_hf.verification import Verification
 
-Report = Inspection | Conversion | Export | Retrofit | Verification | FamilyList | Evaluation
+Report = Inspection | Conversion | Export | Retrofit | Verification | FamilyList | Evaluation | Reach
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

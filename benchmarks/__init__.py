@@ -1,5 +1,5 @@
-"""Speed, memory and accuracy beside upstream's own code: `python -m benchmarks.attention`, `.model`, `.norms`;
-`.conversion` beside the disk's own speed.
+"""Speed, memory and accuracy beside upstream's own code: `python -m benchmarks.attention`, `.model`; `.conversion`
+beside the disk's own speed.
 
 Run from a checkout of the repository; `benchmarks/README.md` says how to read the results. Nothing here is a test.
 """

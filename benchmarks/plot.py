@@ -26,7 +26,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     drawings: dict[str, Callable[[Any, list[Row]], None]] = {
         "attention": _attention,
         "model": _model,
-        "norms": _reach,
         "training": _training,
     }
     if report["benchmark"] not in drawings:
@@ -94,29 +93,6 @@ def _bars(panel: Any, rows: list[Row]) -> None:
     panel.set_xticks(range(len(cases)), labels, fontsize=7)
     panel.axhline(1.0, color="black", linewidth=0.8)
     panel.set_ylabel("times faster than upstream", fontsize=8)
-
-
-def _reach(figure: Any, rows: list[Row]) -> None:
-    """How far back each head looks, a panel for each checkpoint, its steepest head at the top."""
-    checkpoints = _distinct(rows, "checkpoint")
-    figure.set_size_inches(4.5 * len(checkpoints), 3.2)
-    panels = figure.subplots(1, len(checkpoints), squeeze=False)[0]
-    for checkpoint, panel in zip(checkpoints, panels, strict=True):
-        own = [row for row in rows if _matches(row, checkpoint)]
-        slopes = sorted({row["slope"] for row in own}, reverse=True)
-        for place, slope in enumerate(slopes):
-            windows = [row["window"] for row in own if row["slope"] == slope]
-            panel.barh(place, max(windows), color="tab:blue", alpha=0.35)
-            panel.plot(windows, [place] * len(windows), "|", color="tab:blue", markersize=10)
-        length = own[0]["tokens"]
-        panel.axvline(length, color="black", linewidth=0.8)
-        panel.set_xlim(length * 1.02, 0)  # the query stands at the right, as in a text
-        panel.set_yticks(range(len(slopes)), [f"{slope:.4f}" for slope in slopes], fontsize=7)
-        panel.invert_yaxis()
-        panel.set_ylabel("slope of the head", fontsize=8)
-        panel.set_xlabel("distance from the query, tokens", fontsize=8)
-        share = sum(row["share"] for row in own) / len(own)
-        panel.set_title(f"{checkpoint['checkpoint']}: {share:.0%} of all pairs read", fontsize=8)
 
 
 def _training(figure: Any, rows: list[Row]) -> None:

@@ -30,7 +30,7 @@ class Report:
     """One run of a benchmark.
 
     Attributes:
-        benchmark: "attention", "model", "training", "norms", "conversion" or "evaluation".
+        benchmark: "attention", "model", "training", "conversion" or "evaluation".
         settings: the options of the command.
         machine, versions: where it ran.
         results: one dictionary a measurement.

@@ -1,13 +1,11 @@
-"""Rounds, memory, norms and pictures: what the two benchmarks stand on. The clock of these tests is a fake."""
+"""Rounds, memory and pictures: what the two benchmarks stand on. The clock of these tests is a fake."""
 
-import json
 import os
 
 import pytest
 import torch
 
-from benchmarks import norms, timing
-from benchmarks.inputs import CHECKPOINTS
+from benchmarks import timing
 from benchmarks.memory import ChildDiedError, in_fresh_process, peak_bytes
 from benchmarks.plot import draw
 
@@ -83,24 +81,6 @@ def test_a_fresh_process_answers_or_its_death_is_named():
         in_fresh_process(os._exit, 1)
 
 
-@pytest.mark.parametrize("window", [0, 3, 9, 50])
-def test_share_kept_counts_causal_pairs(window):
-    kept = sum(1 for query in range(10) for key in range(query + 1) if query - key <= window)
-    assert norms.share_kept(window, 10) == pytest.approx(kept / 55)
-
-
-def test_norms_of_every_layer_and_head(tmp_path):
-    path = tmp_path / "norms.json"
-    norms.main(["--length", "48", "--output", str(path)])
-    rows = json.loads(path.read_text())["results"]
-    heads = {(row["checkpoint"], row["layer"], row["head"]) for row in rows}
-    assert len(heads) == len(rows) == 4 * 8 + 6 * 6
-    assert {row["checkpoint"] for row in rows} == {folder.name for folder in CHECKPOINTS}
-    for row in rows:
-        assert row["R"] > 0 and 0 < row["share"] <= 1
-        assert 0 <= row["G"] <= 2 * row["R"] * (1 + 1e-3)
-
-
 def row(**values):
     return {"inputs": "normal", "dtype": "float32", "heads": 2, "head_dim": 8, "threads": 1, **values}
 
@@ -116,12 +96,11 @@ def test_pictures_are_drawn(tmp_path):
         row(model="bloom", task="decode", length=8, contender=name, times_faster=faster)
         for name, faster in (("upstream", 1.0), ("ours", 2.0), ("ours-dense", None))
     ]
-    reach = [{"checkpoint": "a", "slope": slope, "window": 5 / slope, "share": 0.5, "tokens": 16} for slope in (0.5, 1)]
     training = [
         row(model="bloom", way=way, tokens=8, contender="ours", tokens_per_second=9.0, peak_bytes=peak)
         for way, peak in (("plain", 2**20), ("packed", None))
     ]
-    drawn = {"attention": attention, "model": model, "norms": reach, "training": training}
+    drawn = {"attention": attention, "model": model, "training": training}
     for benchmark, rows in drawn.items():
         draw({"benchmark": benchmark, "results": rows, **about}, tmp_path / f"{benchmark}.png")
         assert (tmp_path / f"{benchmark}.png").stat().st_size > 5000

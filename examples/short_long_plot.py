@@ -33,7 +33,7 @@ def draw(results: Results, path: Path) -> None:
         _draw_lines(axes, curves(results, protocol), length)
         axes.set_title(f"{protocol} windows")
     left.set_ylabel("held-out perplexity")
-    _draw_claim(right, curves(results, "non-overlapping"), length)
+    _draw_claim(right, results)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
@@ -64,20 +64,28 @@ def _draw_lines(axes: Any, lines: dict[str, dict[int, list[float | None]]], leng
     axes.grid(alpha=0.3, which="both")
 
 
-def _draw_claim(axes: Any, lines: dict[str, dict[int, list[float | None]]], length: int) -> None:
-    """Draw the perplexity at twice the training length of ALiBi and of sinusoidal positions, a dot a seed."""
-    names = ["ALiBi", "sinusoidal", f"sinusoidal, trained at {2 * length:,}"]
-    shown = [name for name in names if name in lines]
+def _draw_claim(axes: Any, results: Results) -> None:
+    """Draw the perplexity at 2 L of ALiBi and of sinusoidal positions, a dot a seed, and what a step costs."""
+    length, lines = results.settings["length"], curves(results, "non-overlapping")
+    trained = {"ALiBi": ("alibi", length), "sinusoidal": ("sinusoidal", length)}
+    trained[f"sinusoidal, trained at {2 * length:,}"] = ("sinusoidal", 2 * length)
+    shown = [name for name in trained if name in lines]
     for height, name in enumerate(reversed(shown)):
         found = [value for value in lines[name][2 * length] if value is not None]
         colour, _, marker = _style(name)
         axes.plot(found, [height] * len(found), marker, color=colour, ms=9, alpha=0.7, linestyle="none")
-        said = name if "trained" in name else f"{name}, trained at {length:,}"
-        place = (0.03, height + 0.18)  # above the dots, from the left edge
-        axes.annotate(said, place, xycoords=("axes fraction", "data"), color=colour, weight="bold")
-    axes.set_ylim(-0.5, len(shown) - 0.4)
+        said = f"{name.partition(',')[0]}, trained at {trained[name][1]:,}{_cost(results, *trained[name])}"
+        axes.annotate(said, (0.03, height + 0.13), xycoords=("axes fraction", "data"))
+    axes.set_ylim(-0.4, len(shown) - 0.4)
     axes.set_yticks([])
     axes.margins(x=0.15)
     axes.set_xlabel("held-out perplexity")
     axes.set_title(f"the claim: all read at {2 * length:,} tokens")
     axes.grid(alpha=0.3, axis="x")
+
+
+def _cost(results: Results, encoding: str, length: int) -> str:
+    for cost in results.step_costs:
+        if (cost["encoding"], cost["length"]) == (encoding, length):  # the first: as it was trained
+            return f"\n{1e3 * cost['seconds']:.0f} ms and {cost['peak_bytes'] / 1e6:.1f} MB a step"
+    return ""

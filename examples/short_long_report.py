@@ -56,28 +56,41 @@ def with_spread(values: list[float | None]) -> str:
 def findings(results: Results) -> list[str]:
     """Return what the numbers say of the paper's claims, in sentences; nothing of what was not trained."""
     lines, length = curves(results, "non-overlapping"), results.settings["length"]
-    return [*_claim(lines, length), *_flatness(lines, length), *_inside(lines, length), *_costs(results)]
+    flat = [sentence for protocol in PROTOCOLS for sentence in _flatness(curves(results, protocol), length, protocol)]
+    return [*_claim(lines, length), *flat, *_inside(lines, length), *_costs(results)]
 
 
 def _claim(lines: dict[str, Values], length: int) -> list[str]:
-    rival = f"sinusoidal, trained at {2 * length:,}"
-    ours, theirs = (middle(lines.get(name, {}).get(2 * length, [None])) for name in ("ALiBi", rival))
-    if ours is None or theirs is None:
+    """Say whether ALiBi at L does as well as sinusoidal positions at 2 L, and whether those were learned at all."""
+    ours, longer = (middle(lines.get(name, {}).get(2 * length, [None])) for name in ("ALiBi", _longer(length)))
+    if ours is None or longer is None:
         return []
-    verdict = "reproduced" if ours <= 1.01 * theirs else "NOT reproduced"
-    said = f"{ours:.1f} against {theirs:.1f} with sinusoidal positions trained at {2 * length:,}"
-    return [f"ALiBi trained at {length:,}, read at {2 * length:,}: perplexity {said}. The paper's claim is {verdict}."]
+    verdict = "reproduced" if ours <= 1.01 * longer else "NOT reproduced"
+    said = f"{ours:.1f} against {longer:.1f} with sinusoidal positions trained at {2 * length:,}"
+    found = [f"ALiBi trained at {length:,}, read at {2 * length:,}: perplexity {said}. The paper's claim is {verdict}."]
+    shorter = middle(lines.get("sinusoidal", {}).get(length, [None]))
+    if shorter is not None and shorter < longer:
+        found.append(
+            f"Sinusoidal positions read worse trained at {2 * length:,} ({longer:.1f}) than at {length:,} "
+            f"({shorter:.1f} there): this budget is too small for them, and the paper's margin is far smaller."
+        )
+    return found
 
 
-def _flatness(lines: dict[str, Values], length: int) -> list[str]:
+def _longer(length: int) -> str:
+    return f"sinusoidal, trained at {2 * length:,}"
+
+
+def _flatness(lines: dict[str, Values], length: int, protocol: str) -> list[str]:
     found = []
     for name, values in lines.items():
         first, last = (middle(values.get(factor * length, [None])) for factor in (2, 16))
-        if first is not None and last is not None and "trained at" not in name:
+        if first is not None and last is not None and name != _longer(length):
             found.append(f"{name} {100 * (last / first - 1):+.1f} %")
     if not found:
         return []
-    return [f"From {2 * length:,} to {16 * length:,} tokens perplexity changes by: {', '.join(found)}."]
+    span = f"From {2 * length:,} to {16 * length:,} tokens, {protocol} windows"
+    return [f"{span}, perplexity changes by: {', '.join(found)}."]
 
 
 def _inside(lines: dict[str, Values], length: int) -> list[str]:

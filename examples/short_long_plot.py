@@ -48,14 +48,15 @@ def _draw_lines(axes: Any, lines: dict[str, dict[int, list[float | None]]], leng
     for name, values in lines.items():
         colour, dash, marker = _style(name)
         read = {at: found for at, found in sorted(values.items()) if middle(found) is not None}
-        centre = [middle(found) for found in read.values()]
-        axes.plot(list(read), centre, dash, color=colour, marker=marker, ms=5, label=name)
+        centre, label = [middle(found) for found in read.values()], name if read else f"{name} (fails)"
+        axes.plot(list(read), centre, dash, color=colour, marker=marker, ms=5, label=label)
         low, high = ([end(found) for found in read.values()] for end in (min, max))
         axes.fill_between(list(read), low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    if any(len(line.get_xdata()) for line in axes.lines):
+        axes.set_yscale("log")
     axes.axvline(length, color="#444444", linestyle=":", linewidth=1)
     axes.annotate("trained at", (length, 1), (-4, -4), ("data", "axes fraction"), "offset points", ha="right", va="top")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{each:,}" for each in lengths])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:.0f}")

@@ -52,7 +52,7 @@ def watch(futures: dict[Future, Run], steps: Any, total: int, results: Results, 
             for future in done:
                 figures = future.result()
                 results.add(futures[future], figures)
-                console.print(f"{futures[future]}: {summary(figures)}", highlight=False)
+                console.print(f"{futures[future]}: {summary(figures)}", highlight=False, soft_wrap=True)
 
 
 def summary(figures: dict[str, Any]) -> str:

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train_short_test_long.py: {why}; finished ones are kept, and the command goes on.", file=sys.stderr)
         return 1
     write_report(results, output)
-    console.print("\n".join(findings(results)))
+    console.print("\n".join(findings(results)), highlight=False, soft_wrap=True)
     console.print(f"Written to {output}")
     return 0
 

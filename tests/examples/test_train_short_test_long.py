@@ -17,6 +17,7 @@ from alibi_hf.evaluation import perplexity
 from position_encodings import ENCODINGS
 from short_long_report import curves, findings, write_report
 from short_long_results import Results
+from short_long_runs import measure_steps
 from short_long_training import Run, Settings, build_model, read_by_length, train
 from step_cost import peak_bytes, time_steps
 from train_short_test_long import SETTINGS, main, parse
@@ -140,6 +141,29 @@ def test_a_training_that_diverges_is_shown_as_failing(tmp_path):
     write_report(results, tmp_path)
     assert "| ALiBi | fails | fails | fails | fails |" in (tmp_path / "table.md").read_text()
     assert not findings(results)
+
+
+def test_dropout_and_another_attention_are_those_of_training_alone():
+    run, held_out = Run("hybrid", 8, 0), repeating(128)
+    settings = tiny(dropout=0.5, attention="eager", steps=3)
+    model, _ = train(run, settings, repeating(2048), ignore)
+    assert model.config._attn_implementation == "eager" and model.training
+    readings = [read_by_length(model, run, settings, held_out) for _ in range(2)]
+    assert readings[0] == readings[1]
+
+
+@pytest.mark.gpu
+def test_training_and_its_costs_on_a_gpu(tmp_path):
+    settings = tiny(
+        device="cuda", attention="flex_attention", hidden_size=64, length=128, tokens_per_step=512, longest=2
+    )
+    torch.save((repeating(4096), repeating(1024)), tmp_path / "tokens.pt")
+    model, figures = train(Run("alibi", 128, 0), settings, repeating(4096), ignore)
+    readings = read_by_length(model, Run("alibi", 128, 0), settings, repeating(1024))
+    assert model.device.type == "cuda" and figures["peak_bytes_of_step"] > 0
+    assert all(row["perplexity"] > 1 for row in readings)
+    costs = measure_steps(settings, tmp_path / "tokens.pt")
+    assert len(costs) == 6 and all(cost["seconds"] > 0 and cost["peak_bytes"] > 0 for cost in costs)
 
 
 def repeating(tokens, seed=0):

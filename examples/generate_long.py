@@ -155,7 +155,6 @@ def save(
     output: Path, texts: dict[str, list[list[Figures]]], runs: Sequence[Run], tokenizer: Any, script: ScriptArguments
 ) -> None:
     """Write quality.csv, cost.csv, the continuations, and the picture where matplotlib is installed."""
-    output.mkdir(parents=True, exist_ok=True)
     numbered = [(kind, row, text) for kind, rows in texts.items() for row, text in enumerate(rows)]
     write_csv(
         output / "quality.csv",
@@ -197,6 +196,10 @@ def check(script: ScriptArguments) -> None:
         raise ValueError(f"--top_p {script.top_p} is not between 0 and 1.")
     if not 0 < script.temperature < math.inf:
         raise ValueError(f"--temperature {script.temperature} must be positive and finite.")
+    try:
+        torch.empty(0, device=script.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        raise ValueError(f"--device {script.device} cannot be used: {error}") from error
 
 
 def real_rows(tokenizer: Any, script: ScriptArguments) -> torch.Tensor:
@@ -239,6 +242,7 @@ def run(script: ScriptArguments) -> int:
     judge = Judge(*load(script.judge), script.judge_window)
     rows = real_rows(tokenizer, script)
     upstream = AutoModelForCausalLM.from_pretrained(script.model, dtype=torch.float32) if script.upstream else None
+    Path(script.output_dir).mkdir(parents=True, exist_ok=True)
     runs = [write(each, tokenizer, script) for each in (model, upstream) if each is not None]
     for failed in runs[1:]:
         print(failed.failure)

@@ -93,7 +93,7 @@ def generate(model: Any, prompt: Any, tokens: int, segment: int, **options: Any)
 
     Args:
         model: any causal model of Transformers.
-        prompt: what the tokenizer returned, `[rows, prompt]`; without padding.
+        prompt: what the tokenizer returned, `[rows, prompt]`; shorter than a segment, without padding.
         tokens: length of each text, prompt included; a multiple of `segment`.
         segment: in tokens.
         options: of `generate`, such as how to sample.

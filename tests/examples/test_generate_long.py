@@ -15,7 +15,6 @@ import generate_long
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.model import positions_alibi
 from judge import Judge, load
-from metering import generate
 from repetition import compression, distinct, earlier_runs, seen_before
 from tests.examples.finetuning import write_checkpoint, write_text
 from texts import load_texts
@@ -171,32 +170,27 @@ def slopes_past_the_length(change: float):
     return wrong
 
 
-def perplexities(wrong: float | None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Of segments of 256 tokens, by a sound judge; past the first the slopes are multiplied by `wrong`."""
+def judged(wrong: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Figures of 128 tokens that follow on 256 of real text, with the slopes multiplied by `wrong` all along them."""
     model, tokenizer = load(BLOOM)
-    judge = Judge(*load(MPT))
     model.config.attention_window = False  # its proof is for slopes that are not negative
-    prompt = tokenizer(
-        ["My fellow citizens, the state of our Union"] * 2, return_tensors="pt", return_token_type_ids=False
-    )
+    real = tokenizer("\n\n".join(load_texts().held_out), verbose=False)["input_ids"]
+    rows = torch.tensor([real[start : start + 256] for start in (0, 60_000, 120_000, 180_000)])
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        if wrong is not None:
-            patch.setattr(positions_alibi, "scaled_slopes", slopes_past_the_length(wrong))
-        done = generate(model, prompt, 512, 256, do_sample=True, top_p=0.9, top_k=0)
-    assert done.tokens is not None, done.failure
-    texts = generate_long.quality(done.tokens, tokenizer, judge, 256)
-    return [generate_long.mean_and_spread(texts, segment, "perplexity")[0] for segment in (0, 1)]
+        patch.setattr(positions_alibi, "scaled_slopes", slopes_past_the_length(wrong))
+        written = model.generate(rows, min_length=384, max_length=384, do_sample=True, top_p=0.9, top_k=0)
+    texts = generate_long.quality(written, tokenizer, Judge(*load(MPT)), 128)
+    return {name: generate_long.mean_and_spread(texts, 2, name)[0] for name in generate_long.QUALITY}
 
 
 @pytest.mark.slow
 def test_quality_holds_past_the_training_length_and_not_with_a_wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = perplexities(None, monkeypatch)
-    assert sound[1] < 1.3 * sound[0] < 80
+    sound = judged(1.0, monkeypatch)
+    assert sound["perplexity"] < 60 and sound["bits_per_byte"] < 1.6 and sound["distinct"] > 0.95
     for wrong in (0.0, -1.0):
-        broken = perplexities(wrong, monkeypatch)
-        assert broken[0] < 1.3 * sound[0]
-        assert broken[1] > 2 * sound[1], (wrong, broken, sound)
+        broken = judged(wrong, monkeypatch)
+        assert broken["bits_per_byte"] > 1.3 * sound["bits_per_byte"], wrong
 
 
 def test_upstreams_mpt_fails_past_its_length_and_ours_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -62,7 +62,7 @@ class ScriptArguments:
     prompt: str = field(default="My fellow citizens, the state of our Union", metadata={"help": "what is continued"})
     tokens: int = field(default=8192, metadata={"help": "length of each text, prompt included"})
     segment: int = field(default=1024, metadata={"help": "tokens of a segment"})
-    continuations: int = field(default=4, metadata={"help": "how many texts are sampled at once"})
+    continuations: int = field(default=2, metadata={"help": "how many texts are sampled at once"})
     top_p: float = field(default=0.9, metadata={"help": "sampling: the share of probability that is kept"})
     temperature: float = field(default=1.0, metadata={"help": "sampling: what logits are divided by"})
     seed: int = field(default=0, metadata={"help": "of sampling"})
@@ -123,12 +123,11 @@ def cost_table(runs: Sequence[Run], script: ScriptArguments) -> Table:
     for index, place in enumerate(segment_names(script)):
         cells: list[str] = []
         for run in runs:
-            done = index < len(run.costs)
-            cells += (
-                [f"{run.costs[index].seconds * 1000:.1f}", f"{run.costs[index].cache / MIB:.1f}"]
-                if done
-                else ["fails", ""]
-            )
+            if index < len(run.costs):
+                cost = run.costs[index]
+                cells += [f"{cost.seconds * 1000:.1f}", f"{cost.cache / MIB:.1f}"]
+            else:
+                cells += ["fails", ""]
         table.add_row(place, *cells, f"{runs[0].costs[index].memory / MIB:.1f}")
     return table
 
@@ -244,8 +243,9 @@ def run(script: ScriptArguments) -> int:
     upstream = AutoModelForCausalLM.from_pretrained(script.model, dtype=torch.float32) if script.upstream else None
     Path(script.output_dir).mkdir(parents=True, exist_ok=True)
     runs = [write(each, tokenizer, script) for each in (model, upstream) if each is not None]
-    for failed in runs[1:]:
-        print(failed.failure)
+    for other in runs[1:]:
+        if other.failure:
+            print(other.failure)
     if runs[0].tokens is None:
         print(f"generate_long.py: {runs[0].failure}", file=sys.stderr)
         return 1

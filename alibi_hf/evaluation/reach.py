@@ -123,8 +123,6 @@ def _find(source: str | os.PathLike, options: Options) -> Subject:
     subject = find_subjects([str(source)], None, options)[0]
     if not subject.upstream:
         return subject
-    if subject.note:  # of one of our families, but with a field that makes it something else
-        raise ConfigFieldError(f"{source} cannot be measured; {subject.note}")
     raise UnknownFamilyError(
         f"{source} (model_type {subject.raw.get('model_type')!r}) is no ALiBi model that this package runs; "
         "`alibi-hf families` lists those."

@@ -155,8 +155,28 @@ class AlibiAttention(nn.Module):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (states.view(shape).transpose(1, 2) for states in (query, key, value))
         if self.config.qk_norm == "head":
+            if query.shape[1] != self.config.num_attention_heads and torch.is_grad_enabled():
+                self._add_up_norm_gradients(query.shape[1])
             query, key = self.q_norm(query), self.k_norm(key)
         return query.to(value.dtype), key.to(value.dtype), value  # under autocast norms give float32
+
+    def _add_up_norm_gradients(self, heads: int) -> None:
+        """Let ranks add up the gradients of the norms of heads: each rank has those of its own heads.
+
+        Transformers' plan for it adds what earlier backward passes have accumulated once more.
+        """
+        mesh = self._mesh(heads)
+        group = mesh.get_group(mesh.ndim - 1)
+
+        def add_up(gradient: torch.Tensor) -> torch.Tensor:
+            total = gradient.contiguous().clone()
+            torch.distributed.all_reduce(total, group=group)
+            return total
+
+        for parameter in (*self.q_norm.parameters(), *self.k_norm.parameters()):
+            if parameter.requires_grad and not hasattr(parameter, "adds_up"):
+                parameter.register_hook(add_up)
+                parameter.adds_up = True  # type: ignore[attr-defined]  # of the tensor: loading and FSDP replace it
 
     def local_distances(self, distances: Distances, heads: int) -> Distances:
         """Return the distances of the heads on this rank: slopes belong to the global head, sharded or not.
@@ -166,13 +186,17 @@ class AlibiAttention(nn.Module):
         """
         if heads == self.config.num_attention_heads:
             return distances
+        mesh = self._mesh(heads)
+        return distances.heads(mesh.get_local_rank(mesh.ndim - 1) * heads, heads)  # tp is the last mesh dimension
+
+    def _mesh(self, heads: int) -> Any:
         mesh = getattr(self.q_proj.weight, "device_mesh", None)  # only a DTensor has one
         if mesh is None:
             raise ValueError(
                 f"This rank computes {heads} of {self.config.num_attention_heads} heads, but q_proj is no sharded "
                 "tensor that tells which; shard the model with Transformers' tensor parallel plan."
             )
-        return distances.heads(mesh.get_local_rank(mesh.ndim - 1) * heads, heads)  # tp is the last mesh dimension
+        return mesh
 
 
 class AlibiDecoderLayer(GradientCheckpointingLayer):

@@ -16,6 +16,8 @@ from tests.distributed.accelerated import parse, use_cpus_as_devices
 from tests.distributed.processes import fork
 from tests.distributed.training import make_trainer, train
 
+PASSES = 2  # whose gradients accumulate
+
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that may be sharded as one tensor."""
@@ -58,10 +60,12 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
     found = {"logits": whole(logits), "width": widths[0], "batch": batch}
     if "pp_size" not in job["sizes"]:  # Transformers' pipeline returns logits alone
         counted = (labels[:, 1:] != -100).sum()
-        loss = model.train()(**batch, use_cache=False, num_items_in_batch=counted).loss  # as Trainer calls it
-        loss.backward()
+        model.train()
+        for _ in range(PASSES):
+            loss = model(**batch, use_cache=False, num_items_in_batch=counted).loss  # as Trainer calls it
+            loss.backward()
         found["loss"] = whole(loss)
-        found["gradients"] = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+        found["gradients"] = {name: whole(parameter.grad) / PASSES for name, parameter in model.named_parameters()}
         model.eval()
     found["written"] = whole(model.generate(**job["prompt"], **job["options"]))
     if job["sizes"].get("tp_size", 1) > 1:

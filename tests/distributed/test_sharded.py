@@ -33,6 +33,8 @@ JOBS = {
     "stages": ("six", PIPELINE, "sdpa", "padded"),  # with a norm on the embeddings
     "stages of a scaled embedding": ("capped", PIPELINE, "eager", "packed"),
     "rotated heads": ("hybrid", TENSOR_PARALLEL, "sdpa", "packed"),
+    "normed heads": ("rms_head_norm", TENSOR_PARALLEL, "sdpa", "padded"),
+    "heads with a layer norm": ("capped", TENSOR_PARALLEL, "eager", "packed"),
     "stages with a table of positions": ("learned", PIPELINE, "sdpa", "padded"),
     "weights": ("six", FSDP, "sdpa", "packed"),
 }

@@ -64,9 +64,11 @@ class AlibiMLP(nn.Module):
         """Map `[batch, tokens, hidden]` to the same shape.
 
         While training, the input of the last product is not kept for backward: it is as large as four hidden states,
-        and the activation alone, no product, makes it again. Without gradients many tokens go through in parts.
+        and the activation alone, no product, makes it again. Elsewhere, without gradients, many tokens go through in
+        parts; not while training, where what drops out must not depend on it: checkpointing may run it twice.
         """
-        if not torch.is_grad_enabled() and not is_tracing() and hidden_states.shape[:-1].numel() > MLP_ROWS:
+        wanted = self.training or torch.is_grad_enabled() or is_tracing()
+        if not wanted and hidden_states.shape[:-1].numel() > MLP_ROWS:
             tokens = max(1, MLP_ROWS // hidden_states.shape[:-2].numel())
             return torch.cat([self._map(part) for part in hidden_states.split(tokens, dim=-2)], dim=-2)
         return self._map(hidden_states)

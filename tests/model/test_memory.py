@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
 from alibi_hf.model import layers_alibi
@@ -126,6 +128,7 @@ def test_without_gradients_the_inside_of_an_mlp_is_held_in_parts(
     torch.manual_seed(0)
     mlp = AlibiMLP(AlibiConfig(hidden_size=16, intermediate_size=256, num_attention_heads=4, mlp_type=kind)).double()
     states = torch.randn(*shape, 16, dtype=torch.float64)
+    mlp.eval()
     whole = mlp(states)
     with torch.no_grad(), LargestTensor() as seen:
         parts = mlp(states)
@@ -134,6 +137,23 @@ def test_without_gradients_the_inside_of_an_mlp_is_held_in_parts(
     with LargestTensor() as seen:
         mlp(states)
     assert seen.largest >= states[..., 0].numel() * 256 * 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_drops_out_alike_twice(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reentrant checkpointing runs forward without gradients first: as many tokens at a time as with them."""
+    monkeypatch.setattr(layers_alibi, "MLP_ROWS", 10)
+    mlp = AlibiMLP(small_config()).train()
+    mlp.up_proj = nn.Sequential(mlp.up_proj, nn.Dropout(0.5))  # as in an adapter
+    found = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        states = torch.ones(2, 40, WIDTH, requires_grad=True)
+        output = checkpoint(mlp, states, use_reentrant=reentrant) if wrap else mlp(states)
+        output.square().sum().backward()
+        found.append((output, states.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("around", ["act_fn", "down_proj"])

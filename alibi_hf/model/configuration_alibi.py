@@ -310,16 +310,34 @@ class AlibiConfig(PreTrainedConfig):
                     raise ValueError(
                         f"{name} has {len(parameters[name])} entries, and a head turns {frequencies.numel()} pairs."
                     )
+            with torch.device("cpu"):
+                far = rope_frequencies(self, lengths=torch.tensor(2**30))[0]
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"rope_parameters={parameters!r} cannot be used: {error}") from error
-        if not bool((frequencies.isfinite() & (frequencies >= 0)).all()) or not math.isfinite(factor):
+        if not all(bool((each.isfinite() & (each >= 0)).all()) for each in (frequencies, far)):
             raise ValueError(f"rope_parameters={parameters!r} give angles that are not finite and positive.")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"rope_parameters={parameters!r}: attention_factor={factor} must be positive and finite.")
         rotated = 2 * frequencies.numel()
         if not 0 < rotated <= (self.head_dim or 0):
             raise ValueError(
                 f"rope_parameters={parameters!r} rotate {rotated} features of a head, and head_dim={self.head_dim}; "
                 "an even number of them can be rotated."
             )
+
+    @staticmethod
+    def _check_received_keys(
+        rope_type: str, received_keys: set, required_keys: set, optional_keys: set | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse what Transformers' own check only warns of: a field of `rope_parameters` that nothing reads."""
+        read = {*required_keys, *(optional_keys or ()), "type", "rope_type", "rope_theta", "partial_rotary_factor"}
+        if rope_type == "proportional":
+            read.add("factor")  # which Transformers reads, and forgets to list
+        if unread := sorted(map(str, received_keys - read)):
+            raise ValueError(
+                f"rope_type={rope_type!r} does not read {', '.join(unread)}; drop it, or correct its name."
+            )
+        PreTrainedConfig._check_received_keys(rope_type, received_keys, required_keys, optional_keys, **kwargs)
 
     def validate_output_attentions(self) -> None:
         """Accept `output_attentions` with every backend: the weights are computed beside the output."""

@@ -20,6 +20,19 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}},
         "rope_parameters=.*short_factor has 1 entries, and a head turns 64 pairs",
     ),
+    "rope unread": ({"rope_parameters": {"factor": 4.0}}, "rope_type='default' does not read factor"),
+    "rope far": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": -1.0}},
+        "rope_parameters=.*not finite and positive",
+    ),
+    "rope far factors": (
+        {"head_dim": 2, "rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [0]}},
+        "rope_parameters=.*not finite and positive",
+    ),
+    "rope attention factor": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}},
+        "rope_parameters=.*attention_factor=0 must be positive",
+    ),
     "rope odd": (
         {"head_dim": 3, "rope_parameters": {"rope_theta": 1e4}},
         "rotate 4 features of a head, and head_dim=3",

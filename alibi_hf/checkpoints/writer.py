@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -195,11 +195,14 @@ def partial_of(out: Path) -> Path:
 
 
 @contextmanager
-def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+def appearing(
+    out: Path, overwrite: bool, resume: bool = False, keep: Callable[[], bool] = lambda: False
+) -> Iterator[Path]:
     """A working folder `.OUT.partial` that becomes `out` by one rename when the block ends.
 
-    An error removes it, unless it was resumed; a kill leaves it, and so does Ctrl-C where there is a journal. `resume`
-    then allows going on in it, `overwrite` starting again.
+    An error removes it, unless it was resumed, or `keep` then says that what is finished is worth going on with; a kill
+    leaves it, and so does Ctrl-C where there is a journal. `resume` then allows going on in it, `overwrite` starting
+    again.
 
     Raises:
         CheckpointFileError: if `out` is a file, holds something and `overwrite` is false, or cannot be made.
@@ -221,7 +224,7 @@ def appearing(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path
         (partial / JOURNAL).unlink(missing_ok=True)
         _swap(partial, out, old)
     except BaseException as error:
-        worth_keeping = resume or isinstance(error, KeyboardInterrupt)
+        worth_keeping = resume or isinstance(error, KeyboardInterrupt) or keep()
         if not (worth_keeping and (partial / JOURNAL).exists()):
             shutil.rmtree(partial, ignore_errors=True)
             for parent in made:

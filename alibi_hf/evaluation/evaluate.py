@@ -22,7 +22,7 @@ from alibi_hf.checkpoints.resume import Journal
 from alibi_hf.checkpoints.writer import appearing, partial_of
 from alibi_hf.errors import AlibiError
 from alibi_hf.evaluation.jobs import Plan, make_plan, prepare, run
-from alibi_hf.evaluation.loading import Options, Subject, find_subjects
+from alibi_hf.evaluation.loading import Options, Subject, file_states, find_subjects, tokenizer_folder
 from alibi_hf.evaluation.machine import describe_machine
 from alibi_hf.evaluation.report import Evaluation
 from alibi_hf.evaluation.text import TextFile, open_texts
@@ -88,7 +88,8 @@ def evaluate(
         subjects = find_subjects(_as_list(models), names, options)
         files = open_texts(_as_list(text))
         settings = _settings(subjects, files, plan, options)
-        with _working_folder(output, overwrite, resume, subjects, settings) as (folder, journal):
+        folders = {read for each in subjects for read in (each.folder, tokenizer_folder(each, options))}
+        with _working_folder(output, overwrite, resume, sorted(folders), files, settings) as (folder, journal):
             jobs = [prepare(subject, files, plan, options, progress) for subject in subjects]
             results = [run(job, plan, options, journal, progress) for job in jobs]
             if all(result.failure for result in results):
@@ -130,20 +131,28 @@ def _settings(subjects: Sequence[Subject], files: Sequence[TextFile], plan: Plan
 
 @contextmanager
 def _working_folder(
-    output: str | Path | None, overwrite: bool, resume: bool, subjects: Sequence[Subject], settings: dict[str, Any]
+    output: str | Path | None,
+    overwrite: bool,
+    resume: bool,
+    folders: Sequence[Path],
+    files: Sequence[TextFile],
+    settings: dict[str, Any],
 ) -> Iterator[tuple[Path | None, Journal | None]]:
-    """Yield the working folder of `output` and the journal of its finished readings; without output, neither."""
+    """Yield the working folder of `output` and the journal of its finished readings; without output, neither.
+
+    An error leaves it where readings are finished. The output must not replace what is read: `folders` of models and
+    tokenizers, and `files`.
+    """
     if output is None:
         yield None, None
         return
     out = Path(output).expanduser()
-    for subject in subjects:
-        keep_apart(subject.folder, out)
-    states = {state.name: state for subject in subjects for state in subject.files()}
-    journal = Journal(partial_of(out), list(states.values()), settings)
+    for read in [*folders, *(file.path for file in files)]:
+        keep_apart(read, out)
+    journal = Journal(partial_of(out), [state for folder in folders for state in file_states(folder)], settings)
     if resume:
         journal.read()
-    with appearing(out, overwrite, resume) as folder:
+    with appearing(out, overwrite, resume, keep=lambda: bool(journal.finished)) as folder:
         journal.write()
         yield folder, journal
 

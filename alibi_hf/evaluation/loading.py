@@ -73,11 +73,6 @@ class Subject:
     raw: dict[str, Any]
     trusted: bool = False
 
-    def files(self) -> list[FileState]:
-        """Return the state of the files that decide what it computes, by their whole path."""
-        found = {path for pattern in READ_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        return [replace(FileState.of(path, with_header=True), name=str(path)) for path in sorted(found)]
-
 
 def find_subjects(models: Sequence[str | Path], names: Sequence[str] | None, options: Options) -> list[Subject]:
     """Find out what each of `models` is, from config.json and the headers of its files.
@@ -100,13 +95,24 @@ def find_subjects(models: Sequence[str | Path], names: Sequence[str] | None, opt
     return [_find(str(model), name, options) for model, name in zip(models, chosen, strict=True)]
 
 
+def file_states(folder: Path) -> list[FileState]:
+    """Return the state of the files of a folder that decide what its model or tokenizer gives, by their whole path."""
+    found = {path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}
+    return [replace(FileState.of(path, with_header=True), name=str(path)) for path in sorted(found)]
+
+
+def tokenizer_folder(subject: Subject, options: Options) -> Path:
+    """Return where the tokenizer of a model is: in its own folder, unless the options name another."""
+    return subject.folder if options.tokenizer is None else locate(options.tokenizer, None, False)[0]
+
+
 def load_tokenizer(subject: Subject, options: Options) -> Any:
     """Return the tokenizer of a model's folder, or the one named by the options.
 
     Raises:
         CheckpointFileError: where there is none, or it cannot be loaded.
     """
-    folder = subject.folder if options.tokenizer is None else locate(options.tokenizer, None, False)[0]
+    folder = tokenizer_folder(subject, options)
     remote = subject.trusted and options.tokenizer is None
     if not remote and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointFileError(
@@ -311,8 +317,10 @@ __all__ = [
     "Options",
     "Subject",
     "describe_positions",
+    "file_states",
     "find_subjects",
     "load_model",
     "load_tokenizer",
+    "tokenizer_folder",
     "trained_length",
 ]

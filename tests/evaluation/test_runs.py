@@ -111,6 +111,42 @@ def test_another_run_is_not_continued(model: Path, text: Path, tmp_path: Path) -
     assert json.loads((out / "evaluation.json").read_text())["lengths"] == [16]
 
 
+def test_readings_outlive_an_error_while_their_files_are_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            evaluate(model, text, LENGTHS, output=out)
+    assert not out.exists()
+    monkeypatch.setattr(jobs, "read", None)  # all is read already
+    found = evaluate(model, text, LENGTHS, output=out, resume=True)
+    assert len(found.models[0].readings) == 6 and (out / "evaluation.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_the_output_replaces_nothing_that_is_read(model: Path, text: Path, tmp_path: Path) -> None:
+    books, words = tmp_path / "books", builders.tokenizer(tmp_path / "words")
+    books.mkdir()
+    book = text.rename(books / "book.txt")
+    for given, out in ((book, books), (books, books), (book, words), (book, model), (book, tmp_path)):
+        with pytest.raises(AlibiError, match=f"writing to {out} would replace the source"):
+            evaluate(model, given, LENGTHS, output=out, tokenizer=words, overwrite=True)
+    assert book.read_text() == TEXT and (words / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_has_changed_is_not_gone_on_with(model: Path, text: Path, tmp_path: Path) -> None:
+    words = builders.tokenizer(tmp_path / "words")
+    kill_after(1, model, text, LENGTHS, output=tmp_path / "out", tokenizer=words)
+    os.utime(words / "tokenizer.json", ns=(1, 1))
+    with pytest.raises(AlibiError, match=r"words/tokenizer.json is not as in the run"):
+        evaluate(model, text, LENGTHS, output=tmp_path / "out", tokenizer=words, resume=True)
+
+
 def run(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
     return result.exit_code, result.stdout, result.stderr

@@ -29,6 +29,12 @@ class UnsafeSourceError(AlibiError):
     """Reading the source would need something that is off by default, such as unpickling."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says, for a message that names its cause."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 __all__ = [
     "AlibiError",
     "CheckpointFileError",
@@ -37,4 +43,5 @@ __all__ = [
     "TensorError",
     "UnknownFamilyError",
     "UnsafeSourceError",
+    "in_one_line",
 ]

@@ -9,7 +9,7 @@ working folder as soon as it is done, so that a run that was killed goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from alibi_hf.checkpoints.conversion import own_command, versions
-from alibi_hf.checkpoints.options import keep_apart
+from alibi_hf.checkpoints.options import Progress, keep_apart
 from alibi_hf.checkpoints.resume import Journal
 from alibi_hf.checkpoints.writer import appearing, partial_of
 from alibi_hf.errors import AlibiError
@@ -30,7 +30,6 @@ from alibi_hf.verification.subjects import quiet
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
-Progress = Callable[[str, int, int], None]
 Paths = str | Path | Sequence[str | Path]
 
 

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
+from alibi_hf.checkpoints.options import Progress
 from alibi_hf.checkpoints.resume import Journal
-from alibi_hf.errors import AlibiError
+from alibi_hf.errors import AlibiError, in_one_line
 from alibi_hf.evaluation.loading import (
     Options,
     Subject,
+    check_fit,
     describe_positions,
     load_model,
     load_tokenizer,
     trained_length,
 )
 from alibi_hf.evaluation.losses import LossReader
-from alibi_hf.evaluation.perplexity import check_lengths
+from alibi_hf.evaluation.perplexity import check_lengths, evaluating
 from alibi_hf.evaluation.reading import find_position_table, read
 from alibi_hf.evaluation.report import PROTOCOLS, ModelEvaluation, Reading
 from alibi_hf.evaluation.text import TextFile, Tokens, tokenize
 from alibi_hf.evaluation.windows import Region, check_stride, make_region
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,15 @@ def prepare(
     total = sum(file.bytes for file in files)
     tell = None if progress is None else lambda done: progress(f"{subject.name}: tokenising", done, total)
     tokens = tokenize(tokenizer, files, plan.max_tokens, tell)
-    _check_fit(subject, tokens)
     fitting = [length for length in plan.lengths if length <= len(tokens)]
     if not fitting:
         raise AlibiError(
             f"the text has {len(tokens)} tokens for {subject.name}, fewer than one window of {plan.lengths[0]}; give "
             "more text, or a shorter length."
         )
+    rows = subject.raw.get("vocab_size") or (subject.raw.get("text_config") or {}).get("vocab_size")
+    if rows:  # as its config says, before anything is loaded
+        check_fit(subject.given, int(tokens.ids.max()), int(rows))
     region = make_region(len(tokens), fitting, plan.stride)
     notes = [*tokens.notes, *_text_notes(tokenizer, tokens, plan, fitting, region)]
     return Job(subject, tokens, len(tokenizer), fitting, region, notes)
@@ -106,9 +108,10 @@ def run(job: Job, plan: Plan, options: Options, journal: Journal | None, progres
         if progress is not None:
             progress(f"{subject.name}: loading", 0, 0)
         model = load_model(subject, options)
+        check_fit(subject.given, int(job.tokens.ids.max()), model.get_input_embeddings().num_embeddings)
         reader = LossReader(model, job.tokens.ids)
     except Exception as error:  # the other models are read all the same
-        return ModelEvaluation(**about, **_unknown(subject, options), failure=_said(error), notes=job.notes)
+        return ModelEvaluation(**about, **_unknown(subject, options), failure=in_one_line(error), notes=job.notes)
     readings = []
     for length in job.lengths:
         for protocol in PROTOCOLS:
@@ -150,24 +153,9 @@ def read_lengths(model: Any, tokens: torch.Tensor, lengths: Sequence[int], strid
     plan = make_plan(lengths, stride)
     text = Tokens(tokens.to("cpu", torch.int32), torch.zeros(len(tokens), dtype=torch.int32))
     region = make_region(len(tokens), plan.lengths, stride)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         reader = LossReader(model, text.ids)
         return [read(reader, text, length, p, region, stride) for length in plan.lengths for p in PROTOCOLS]
-    finally:
-        model.train(was_training)
-
-
-def _check_fit(subject: Subject, tokens: Tokens) -> None:
-    """Refuse ids that the embedding has no row for."""
-    raw = subject.raw
-    rows = raw.get("vocab_size") or (raw.get("text_config") or {}).get("vocab_size")
-    if rows and len(tokens) and int(tokens.ids.max()) >= int(rows):
-        raise AlibiError(
-            f"the tokenizer of {subject.given} gives id {int(tokens.ids.max())}, but the model has {rows} embeddings: "
-            "they do not belong together. Name the right one (--tokenizer)."
-        )
 
 
 def _text_notes(tokenizer: Any, tokens: Tokens, plan: Plan, fitting: list[int], region: Region) -> list[str]:
@@ -214,11 +202,6 @@ def _unknown(subject: Subject, options: Options) -> dict[str, Any]:
         "dtype": str(options.load_dtype).removeprefix("torch."),
         "device": options.device,
     }
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 __all__ = ["Job", "Plan", "make_plan", "prepare", "read_lengths", "run"]

@@ -21,10 +21,18 @@ from alibi_hf.checkpoints.options import parse_dtype
 from alibi_hf.checkpoints.reading import FileState
 from alibi_hf.checkpoints.shards import read_json
 from alibi_hf.checkpoints.source import Checkpoint, locate
-from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, UnknownFamilyError, UnsafeSourceError
+from alibi_hf.errors import (
+    AlibiError,
+    CheckpointFileError,
+    ConfigFieldError,
+    UnknownFamilyError,
+    UnsafeSourceError,
+    in_one_line,
+)
 from alibi_hf.families import find_family
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
+from alibi_hf.verification.memory import check_device
 from alibi_hf.verification.text import TOKENIZER_FILES
 
 UPSTREAM = "upstream:"
@@ -46,7 +54,7 @@ class Options:
     @property
     def load_dtype(self) -> torch.dtype | str:
         """What `from_pretrained` is given: if nothing was said float32 on CPU, and as stored on a GPU."""
-        if self.dtype is None and self.device == "cpu":
+        if self.dtype is None and torch.device(self.device).type == "cpu":
             return torch.float32
         return parse_dtype(self.dtype) or "auto"
 
@@ -85,7 +93,7 @@ def find_subjects(models: Sequence[str | Path], names: Sequence[str] | None, opt
         raise AlibiError("no model was given; name one folder or Hub id at least.")
     if names and len(names) != len(models):
         raise AlibiError(f"{len(names)} names are given for {len(models)} models; give one for each, or none.")
-    _check_device(options.device)
+    check_device(options.device)
     _ = options.load_dtype  # refuses a dtype that is none
     chosen = list(names) if names else _names([str(model) for model in models])
     if double := [name for name, count in Counter(chosen).items() if count > 1]:
@@ -122,14 +130,27 @@ def load_tokenizer(subject: Subject, options: Options) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=remote)
     except Exception as error:  # the library raises many kinds; all mean that there is nothing to tokenise with
-        raise CheckpointFileError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointFileError(f"the tokenizer of {folder} cannot be loaded: {in_one_line(error)}") from error
+
+
+def check_fit(given: str, largest: int, rows: int) -> None:
+    """Refuse a text whose largest id is `largest` for a model of `rows` embeddings.
+
+    Raises:
+        AlibiError: with both numbers.
+    """
+    if largest >= rows:
+        raise AlibiError(
+            f"the tokenizer of {given} gives id {largest}, but the model has {rows} embeddings: they do not belong "
+            "together. Put the model's own tokenizer beside the weights; `evaluate` takes another's (--tokenizer)."
+        )
 
 
 def load_model(subject: Subject, options: Options) -> Any:
     """Return the model in evaluation mode on its device.
 
     Raises:
-        AlibiError: where weights are missing.
+        AlibiError: where weights are missing, or have other shapes than the config says.
         Exception: what Transformers raises.
     """
     kind = AutoModelForCausalLM if subject.upstream else AlibiForCausalLM
@@ -139,23 +160,21 @@ def load_model(subject: Subject, options: Options) -> Any:
         dtype=options.load_dtype,
         use_safetensors=not options.allow_pickle,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # what Transformers raises otherwise names no tensor
         **trusted,
     )
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, needed = wrong[0]
+        raise AlibiError(
+            f"{subject.given} has {len(wrong)} tensors of another shape than its config says, such as {name}: "
+            f"{list(stored)} is stored, {list(needed)} needed. Weights and config belong to different checkpoints."
+        )
     if missing := sorted(info["missing_keys"]):
         raise AlibiError(
             f"{subject.given} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]}: "
             "they would be random. Its weights are incomplete, or are not those of a language model."
         )
     return model.to(options.device).eval()
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ConfigFieldError(f"device={device!r} is no device: {str(error).splitlines()[0]}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigFieldError(f"device={device!r} needs a GPU that PyTorch can use, and there is none; use cpu.")
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -237,7 +256,7 @@ def _unreadable(subject: Subject, error: Exception) -> AlibiError:
             f"{subject.given} (model_type {subject.raw.get('model_type')!r}) needs code of its own, which is not run "
             "unless --trust-remote-code is given; of a Hub id at a pinned --revision."
         )
-    return CheckpointFileError(f"the config of {subject.given} cannot be read: {_first_line(error)}")
+    return CheckpointFileError(f"the config of {subject.given} cannot be read: {in_one_line(error)}")
 
 
 def _own_code(subject: Subject) -> list[str]:
@@ -279,11 +298,6 @@ def _need_weights(subject: Subject, options: Options) -> None:
     raise CheckpointFileError(f"{subject.given} has a config.json but no weights (*.safetensors).")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
 def describe_positions(config: PreTrainedConfig, table: tuple[str, int] | None) -> str:
     """Return in words how a model tells positions apart, as far as its config and its modules say."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -316,6 +330,7 @@ __all__ = [
     "UPSTREAM",
     "Options",
     "Subject",
+    "check_fit",
     "describe_positions",
     "file_states",
     "find_subjects",

@@ -13,6 +13,7 @@ from alibi_hf.errors import AlibiError
 from alibi_hf.evaluation.attention_sums import AttentionSums, observed_attention
 from alibi_hf.evaluation.bias_alone import BiasRounding, mean_distance_of_bias, round_biases
 from alibi_hf.evaluation.peak import measure_peak
+from alibi_hf.evaluation.perplexity import evaluating
 from alibi_hf.evaluation.reach_report import COLLAPSED, HeadReach, LengthReach
 from alibi_hf.evaluation.window_share import LayerWindows, find_windows
 from alibi_hf.model.bias_alibi import Distances
@@ -30,10 +31,8 @@ def measure_reach(
         AlibiError: naming the layer and the heads whose attention is not finite.
     """
     done, total = 0, sum(length**2 for length in lengths) * model.config.num_hidden_layers
-    was_training = model.training
-    model.eval()
     found = []
-    try:
+    with evaluating(model):
         for length in lengths:
 
             def step(layer: int, length: int = length, done: int = done) -> None:
@@ -44,8 +43,6 @@ def measure_reach(
                 progress(f"{length} tokens", done, total)
             found.append(_measure(model, ids[:length], step))
             done += length**2 * model.config.num_hidden_layers
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,15 +36,23 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int, batch_tokens: int 
     options = {"use_cache": False}
     if "skip_logits" in inspect.signature(model.forward).parameters:
         options["skip_logits"] = True  # the loss alone is read: long windows need no logits
-    was_training = model.training
-    model.eval()
-    try:
-        batches = windows.split(max(1, batch_tokens // length))
+    batches = windows.split(max(1, batch_tokens // length))
+    with evaluating(model):
         total = sum(float(model(input_ids=batch, labels=batch, **options).loss) * len(batch) for batch in batches)
-    finally:
-        model.train(was_training)
     mean = total / len(windows)
     return math.exp(mean) if mean < LARGEST or math.isnan(mean) else math.inf
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, evaluate the model without dropout; afterwards every part of it is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def perplexity_by_length(model: Any, tokens: torch.Tensor, lengths: Sequence[int]) -> dict[int, float]:

@@ -22,13 +22,12 @@ from alibi_hf.checkpoints.conversion import own_command, versions
 from alibi_hf.checkpoints.options import Progress, keep_apart
 from alibi_hf.checkpoints.writer import appearing
 from alibi_hf.errors import AlibiError, ConfigFieldError, UnknownFamilyError
-from alibi_hf.evaluation.loading import Options, Subject, find_subjects, load_model, load_tokenizer
+from alibi_hf.evaluation.loading import Options, Subject, check_fit, find_subjects, load_model, load_tokenizer
 from alibi_hf.evaluation.machine import describe_machine
 from alibi_hf.evaluation.measure_reach import measure_reach
 from alibi_hf.evaluation.reach_report import Reach
-from alibi_hf.evaluation.text import Tokens, open_texts, tokenize
+from alibi_hf.evaluation.text import open_texts, tokenize
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM
-from alibi_hf.verification.memory import check_device
 from alibi_hf.verification.subjects import quiet
 
 LENGTHS = (256, 1024, 4096)
@@ -70,7 +69,6 @@ def reach(
             whose attention is not finite.
     """
     started = time.monotonic()
-    check_device(device)
     wanted = sorted(set(LENGTHS if lengths is None else lengths))
     if not wanted or wanted[0] < 2:
         raise AlibiError(f"lengths={wanted} must be numbers of at least 2: one token has none before it.")
@@ -82,7 +80,7 @@ def reach(
             tokens = tokenize(load_tokenizer(subject, options), texts, most=wanted[-1])
             kept, notes = _lengths_of(len(tokens), wanted, asked=lengths is not None)
             model = _load(subject, options)
-            _check_fit(tokens, model, source)
+            check_fit(str(source), int(tokens.ids.max()), model.get_input_embeddings().num_embeddings)
             report = Reach(
                 path_or_id=str(source),
                 revision=subject.revision,
@@ -145,15 +143,6 @@ def _load(subject: Subject, options: Options) -> AlibiForCausalLM:
     if not model.config.alibi:
         raise ConfigFieldError(f"alibi=False in the config of {subject.given}: its heads have no slopes to measure.")
     return model
-
-
-def _check_fit(tokens: Tokens, model: AlibiForCausalLM, source: str | os.PathLike) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if int(tokens.ids.max()) >= rows:
-        raise AlibiError(
-            f"the tokenizer of {source} gives id {int(tokens.ids.max())}, but the model has {rows} embeddings: they do "
-            "not belong together. Put the model's own tokenizer beside the weights."
-        )
 
 
 def _describe(model: AlibiForCausalLM) -> dict[str, Any]:

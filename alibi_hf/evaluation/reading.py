@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alibi_hf.errors import in_one_line
 from alibi_hf.evaluation.losses import LossReader
 from alibi_hf.evaluation.peak import measure_peak
 from alibi_hf.evaluation.report import Protocol, Reading, Span
@@ -167,8 +168,7 @@ def _batches(windows: Sequence[Window]) -> Iterator[tuple[int, list[Window]]]:
 
 def _reason(error: Exception, model: Any, length: int) -> str:
     """Return the first line of an error; where a model's positions are in a table that is too short, that too."""
-    lines = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = in_one_line(error)
     table = find_position_table(model)
     short = table is not None and length > table[1]
     return f"{said} (its table of learned positions has {table[1]} rows)" if short and table else said

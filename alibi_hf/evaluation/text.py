@@ -151,6 +151,8 @@ class _Found:
         self.in_bytes = in_bytes
 
     def tokens(self, most: int | None) -> Tokens:
+        if not self.ids:  # a buffer of nothing is refused
+            return Tokens(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), self.notes)
         ids, sizes = (torch.frombuffer(values, dtype=torch.int32)[:most] for values in (self.ids, self.sizes))
         return Tokens(ids, sizes, self.notes)
 

@@ -100,9 +100,9 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def check_device(device: str) -> None:
-    """`AlibiError` if torch does not know `device`, or this machine does not have it."""
+    """`AlibiError` if torch does not know `device`, this machine does not have it, or it computes no numbers (meta)."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise AlibiError(

@@ -253,9 +253,16 @@ def test_a_fixed_stride_and_one_window(folders: dict[str, Path]) -> None:
 
 def test_a_loaded_model_is_left_as_it_was() -> None:
     model = build("six", hidden_dropout=0.5).train()
+    model.model.layers[0].eval()  # as a part that is frozen
+    modes = [module.training for module in model.modules()]
     text = documents(200)[0]
     found = read_lengths(model, text, [90, 20])
-    assert model.training and [each.length for each in found] == [20, 20, 90, 90]
+    assert [module.training for module in model.modules()] == modes and [each.length for each in found] == [
+        20,
+        20,
+        90,
+        90,
+    ]
     assert read_lengths(model, text, [90, 20])[0].loss == found[0].loss  # without dropout
     for lengths, stride, says in (
         ([1, 20], None, "nothing to predict"),

@@ -2,13 +2,13 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from alibi_hf import AlibiError, AlibiForCausalLM, Evaluation, evaluate
@@ -213,7 +213,8 @@ def bad(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]:
         "a stride too long": ([model, *ok, "--stride", "16"], "a stride of 16 does not fit windows of 16"),
         "too few tokens": ([model, *ok, "--max-tokens", "15"], "max_tokens=15 is less than the shortest length, 16"),
         "no such dtype": ([model, *ok, "--dtype", "int3"], "dtype='int3' is not one of"),
-        "no such device": ([model, *ok, "--device", "abacus"], "device='abacus' is no device"),
+        "no such device": ([model, *ok, "--device", "abacus"], "device='abacus' cannot be used"),
+        "a device without numbers": ([model, *ok, "--device", "meta"], "device='meta' cannot be used"),
         "a family's other positions": ([rotary, *ok], f"upstream:{rotary} runs Transformers' own class"),
         "not a causal model": ([odd, *ok], "T5Config, of which Transformers has no causal language model"),
         "code of its own": ([code, *ok], "is not run unless --trust-remote-code"),
@@ -221,10 +222,9 @@ def bad(folder: Path, model: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-def test_a_gpu_that_is_not_there_is_said(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(AlibiError, match="device='cuda:0' needs a GPU"):
-        evaluate(model, text, LENGTHS, device="cuda:0")
+def test_a_gpu_that_is_not_there_is_said(model: Path, text: Path) -> None:
+    with pytest.raises(AlibiError, match="device='cuda:99' cannot be used"):
+        evaluate(model, text, LENGTHS, device="cuda:99")
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
@@ -264,6 +264,10 @@ def test_a_model_whose_weights_are_broken_does_not_stop_the_others(model: Path, 
     found = evaluate([f"upstream:{broken}", model], text, LENGTHS).models
     assert "lacks 12 tensors" in found[0].failure and not found[0].readings
     assert all(each.loss for each in found[1].readings)
+    (broken / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
+    found = evaluate([f"upstream:{broken}", model], text, LENGTHS).models
+    assert re.search(r"tensors of another shape .*: \[\d+.* is stored, \[\d*96.* needed", found[0].failure)
+    (broken / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
     with pytest.raises(AlibiError, match="no model could be loaded: broken .upstream.*lacks 12 tensors"):
         evaluate(f"upstream:{broken}", text, LENGTHS, output=tmp_path / "out")
     assert file.exists() and not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

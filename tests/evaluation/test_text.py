@@ -86,6 +86,11 @@ def test_bytes_are_those_of_the_text_a_token_stands_for(tmp_path: Path) -> None:
     assert upto == len(text.encode())
 
 
+def test_a_text_of_which_nothing_is_left_has_no_tokens(tmp_path: Path) -> None:
+    files = open_texts([write(tmp_path, "nul.txt", "\0\x01" * 9)])
+    assert len(tokenize(trained("wordpiece"), files)) == 0 == len(tokenize(trained("wordpiece"), files, most=5))
+
+
 def test_files_are_joined_by_the_end_token(tmp_path: Path) -> None:
     files = open_texts([write(tmp_path, "b.txt", "the union"), write(tmp_path, "a.txt", "the state")])
     tokenizer = shipped()

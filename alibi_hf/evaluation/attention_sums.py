@@ -99,6 +99,7 @@ def attend_and_sum(
 def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights `[heads, rows, keys]` and the entropy of each row in nats `[heads, rows]`; takes `scores`."""
     scores -= scores.amax(-1, keepdim=True)
+    scores.clamp_(min=torch.finfo(scores.dtype).min)  # a bias past that is minus infinity, and has no weight
     weights = scores.exp()
     total = weights.sum(-1, keepdim=True)
     weights /= total

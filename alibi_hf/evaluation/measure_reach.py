@@ -57,7 +57,7 @@ def _measure(model: AlibiForCausalLM, ids: torch.Tensor, step: Callable[[int], N
         layer: int, query: torch.Tensor, key: torch.Tensor, distances: Distances, scaling: float, sums: AttentionSums
     ) -> None:
         _require_finite(layer, sums)
-        windows = find_windows(query, key, distances, scaling)
+        windows = find_windows(query, key, distances, scaling, model.config.attn_logit_softcapping)
         alone = mean_distance_of_bias(distances, sums.tokens)
         heads.extend(_head(layer, distances.slopes, alone, windows, sums))
         plans.append(windows.plan)

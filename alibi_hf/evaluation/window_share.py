@@ -32,15 +32,17 @@ class LayerWindows:
     plan: str
 
 
-def find_windows(query: torch.Tensor, key: torch.Tensor, distances: Distances, scaling: float) -> LayerWindows:
+def find_windows(
+    query: torch.Tensor, key: torch.Tensor, distances: Distances, scaling: float, softcap: float | None = None
+) -> LayerWindows:
     """Return the windows of one layer for the rounding of `query`'s dtype.
 
     Args:
         query: `[1, heads, tokens, dim]`; key: `[1, key/value heads, tokens, dim]`.
     """
     heads, tokens = query.shape[1:3]
-    if not distances.by_index or distances.sqrt or distances.rounded is not None:
-        plan = "dense: windows are proved for the exact bias on linear distances"
+    if not distances.by_index or distances.sqrt or distances.rounded is not None or softcap is not None:
+        plan = "dense: windows are proved for the exact bias on linear distances, and scores without a soft cap"
         return LayerWindows([None] * heads, [tokens] * heads, [0.0] * heads, [0.0] * heads, plan)
     eps = distances.window_eps or default_eps(query.dtype, gradients=False)
     gaps = head_gaps(query, key, distances.slopes, scaling)

@@ -267,7 +267,16 @@ def test_the_plan_is_what_sdpa_computes(kv_heads: int, monkeypatch: pytest.Monke
     assert found.planned == pytest.approx(sum(map(sum, planned)) / 12)
 
 
-@pytest.mark.parametrize("changes", [{"alibi_distance": "sqrt"}, {"alibi_rounding": "bloom"}], ids=["sqrt", "rounded"])
+def test_a_slope_past_float32_is_one_that_looks_at_its_own_token() -> None:
+    found = measure_reach(build("six", alibi_slopes=[3e38, 1e30, 0.5, 0.1, 0.01, 0.0]), TEXT, [TOKENS])[0]
+    assert [(h.mean_distance, h.entropy, h.own_token) for h in found.heads if h.slope > 1] == [(0.0, 0.0, 1.0)] * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"alibi_distance": "sqrt"}, {"alibi_rounding": "bloom"}, {"attn_logit_softcapping": 5.0, "backend": "eager"}],
+    ids=["sqrt", "rounded", "soft cap, of which sdpa has none"],
+)
 def test_where_nothing_is_proved_there_is_no_window(changes: dict[str, Any]) -> None:
     found = measure_reach(build("six", **changes), TEXT, [TOKENS])[0]
     assert {(head.gap, head.window, head.saved, head.planned) for head in found.heads} == {(None, TOKENS, 0.0, 0.0)}

@@ -36,6 +36,7 @@ class LossReader:
     def __init__(self, model: Any, text: torch.Tensor) -> None:
         self.model = model
         self.decoder: Any = None
+        self.width = 0  # of the logits of a token, as tried: configs do not all name it alike
         self.notes: list[str] = []
         self._try(text[torch.linspace(0, len(text) - 1, min(TRIED, len(text))).long()])
 
@@ -61,7 +62,7 @@ class LossReader:
 
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         limit = GPU_CHUNK_BYTES if states.is_cuda else CHUNK_BYTES
-        rows = max(CHUNK_ROWS, limit // (4 * self.model.config.get_text_config().vocab_size))
+        rows = max(CHUNK_ROWS, limit // (4 * self.width))
         size = max(1, rows // len(states))
         return zip(states.split(size, dim=1), targets.split(size, dim=1), strict=True)
 
@@ -87,6 +88,7 @@ class LossReader:
                 f"{type(self.model).__name__} is not causal: changing the last of {ids.shape[1]} tokens changes what "
                 "it predicts before it, so that a token's loss would mean nothing. Give a causal language model."
             )
+        self.width = whole.shape[-1]
         self.decoder = next(
             (inner for inner in find_decoders(self.model) if self._head_agrees(inner, ids, whole)), None
         )

@@ -109,6 +109,12 @@ def test_ours_are_those_of_the_reference_past_the_training_length(small_chunks: 
         assert (found - truth).abs()[40:].max() > 1e-3, wrong
 
 
+def test_a_config_may_call_the_vocabulary_by_another_name() -> None:
+    model = in_float64("llama")
+    del model.config.vocab_size
+    assert torch.allclose(LossReader(model, TEXT).losses(TEXT[None], 1), by_hand(model, TEXT[None], 1), atol=1e-9)
+
+
 def test_a_class_that_does_more_is_read_with_whole_logits() -> None:
     class Shifted(LlamaForCausalLM):
         """Its logits depend on how many tokens there are."""

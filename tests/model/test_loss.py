@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -17,6 +16,7 @@ from alibi_hf.model.loss_alibi import chunked_loss
 from tests.model.cases import assert_close, build, documents
 from tests.model.feeding import flattened
 from tests.model.test_memory import LargestTensor
+from tests.model.training import assert_gradients, gradients
 from tests.references.decoder import decode
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -50,21 +50,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     labels = ids.clone()
     labels[0, :9], labels[1, 5:8] = -100, -100
     return ids, labels
-
-
-def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the gradient of every parameter that asks for one, but for those that are zero in truth."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(loss, [parameter for _, parameter in named])
-    pairs = zip(named, found, strict=True)
-    return {name: gradient for (name, _), gradient in pairs if not name.endswith("k_proj.bias")}
-
-
-def assert_gradients(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], bound: float) -> None:
-    """Assert that each gradient is near its truth, measured by its largest entry."""
-    assert found.keys() == truth.keys()
-    for name, gradient in found.items():
-        assert_close(gradient, truth[name], bound)
 
 
 @pytest.mark.parametrize("count", COUNTS)

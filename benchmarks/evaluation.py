@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                     measure(family, folder, dtype, length, options, report)
                     report.save(path)
     console.print(table(report))
-    for row in report.left_out:
-        console.print("Left out: " + ", ".join(str(value) for value in row.values()), style="dim")
-    console.print(f"Results: {path}")
+    report.print_end(path, console)
     return report
 
 

@@ -18,8 +18,9 @@ from unittest.mock import patch
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # what the kernel wants to read to set VmHWM back to VmRSS; proc(5)
+from alibi_hf.evaluation.peak import measure_peak
+
+STATUS = Path("/proc/self/status")
 # glibc then gives every larger tensor back as soon as it is freed, and the resident set follows the allocations.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -32,20 +33,18 @@ class ChildDiedError(RuntimeError):
 
 def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     """Return by how many bytes memory rises at most while `call` runs; None where the system does not count it."""
+    with measure_peak(torch.device(device)) as peak:
+        before = _held(device)
+        call()
+        _held(device)  # which waits for a GPU
+    return None if peak.bytes is None else peak.bytes - before
+
+
+def _held(device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") if STATUS.exists() else 0
 
 
 def peak_private(call: Callable[[], Result]) -> tuple[Result, int | None]:

@@ -17,11 +17,11 @@ from rich.console import Console
 
 import alibi_hf
 from alibi_hf.compact import finite
+from alibi_hf.evaluation.machine import CPUINFO, processor_name
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 150  # of tables that go to a file
-CPUINFO = Path("/proc/cpuinfo")
 WIDE = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")  # instructions that decide speed
 
 
@@ -73,6 +73,12 @@ class Report:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
 
+    def print_end(self, path: Path, console: Console) -> None:
+        """Tell what was left out, and where the results are."""
+        for row in self.left_out:
+            console.print("Left out: " + ", ".join(str(value) for value in row.values()), style="dim")
+        console.print(f"Results: {path}")
+
 
 def make_console() -> Console:
     """Return a console as wide as the terminal, or `WIDTH` where there is none."""
@@ -90,7 +96,7 @@ def result_path(benchmark: str, device: str, *words: str) -> Path:
 def describe_machine(device: str) -> dict[str, Any]:
     """Return the name of the processor or card, and what else decides its speed."""
     described = {
-        "name": f"{_cpu_name()} {os.cpu_count()} cores",
+        "name": f"{processor_name()} {os.cpu_count()} cores",
         "cores": os.cpu_count(),
         "instructions": [name for name in WIDE if name in _cpu_flags()],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -114,15 +120,7 @@ def describe_versions() -> dict[str, str]:
     return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-def _cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
 def _cpu_flags() -> set[str]:
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     return set(match.group(1).split()) if match else set()
-
-
-def _cpuinfo() -> str:
-    return CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""

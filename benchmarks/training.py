@@ -100,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                         measure(run, task, batches, options, report)
                     console.print(table(run, report))
                     report.save(path)
-    for row in report.left_out:
-        console.print("Left out: " + ", ".join(str(value) for value in row.values()), style="dim")
-    console.print(f"Results: {path}")
+    report.print_end(path, console)
     if options.plot:
         draw(report.to_dict(), options.plot)
     return report

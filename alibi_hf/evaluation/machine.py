@@ -15,10 +15,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Return processor, cores, threads of PyTorch and system; of a CUDA device its name and memory too."""
-    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     found: dict[str, Any] = {
-        "processor": named.group(1).strip() if named else platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -29,4 +27,11 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     return found
 
 
-__all__ = ["describe_machine"]
+def processor_name() -> str:
+    """Return what the processor calls itself, or its architecture."""
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
+
+
+__all__ = ["describe_machine", "processor_name"]

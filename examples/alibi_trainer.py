@@ -68,6 +68,11 @@ def evaluations(state: TrainerState) -> dict[int, dict[int, float]]:
     return found
 
 
+def print_evaluations(state: TrainerState) -> None:
+    """Print the perplexity of all evaluations in the log history, one line a step."""
+    print_table({f"after {step} steps" if step else "before": found for step, found in evaluations(state).items()})
+
+
 def print_table(rows: dict[str, dict[int, float]]) -> None:
     """Print perplexity by length, one line a row: name -> length -> perplexity."""
     lengths = list(next(iter(rows.values())))

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import finetune_trainer
 from alibi_hf import AlibiError, export
 from alibi_hf.checkpoints.export import TARGETS
-from alibi_trainer import AlibiTrainer, evaluations, print_table
+from alibi_trainer import AlibiTrainer, print_evaluations
 from finetune_trainer import build_trainer, load_data, load_model, train
 from resuming import checkpoint_to_resume
 
@@ -134,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlibiError as error:
         print(f"finetune_lora.py: adapter and merged model are saved, not exported: {error}", file=sys.stderr)
         return 1
-    found = evaluations(trainer.state)
-    print_table({f"after {step} steps" if step else "before": found[step] for step in found})
+    print_evaluations(trainer.state)
     print("\ndifference of logits, over the largest")
     for name, value in differences.items():
         print(f"  {name:48}{value:9.1e}")

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.evaluation import check_lengths
-from alibi_trainer import AlibiTrainer, evaluations, print_table
+from alibi_trainer import AlibiTrainer, evaluations, print_evaluations
 from packing import PackedCollator, pack
 from resuming import checkpoint_to_resume, saving_on_interrupt
 from sharding import distributed_config, save_whole
@@ -178,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not finished:
         print(f"Stopped. Go on with --output_dir {training.output_dir} --resume_from_checkpoint true.", file=sys.stderr)
         return 1
-    found = evaluations(trainer.state)
-    print_table({f"after {step} steps" if step else "before": found[step] for step in found})
+    print_evaluations(trainer.state)
     print(f"Saved in {training.output_dir}")
     return 0
 

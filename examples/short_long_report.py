@@ -94,8 +94,8 @@ def _flatness(lines: dict[str, Values], length: int, protocol: str) -> list[str]
 
 
 def _inside(lines: dict[str, Values], length: int) -> list[str]:
-    ours = middle(lines.get("ALiBi", {}).get(length, [None]))
-    others = {name: middle(values[length]) for name, values in lines.items() if name in ("RoPE", "ALiBi + RoPE")}
+    ours, compared = middle(lines.get("ALiBi", {}).get(length, [None])), ("RoPE", "ALiBi + RoPE", "sinusoidal")
+    others = {name: middle(values[length]) for name, values in lines.items() if name in compared}
     said = [f"{name} {value:.1f}" for name, value in others.items() if value is not None]
     if ours is None or not said:
         return []
@@ -110,8 +110,8 @@ def _costs(results: Results) -> list[str]:
         theirs = max(costs, key=lambda cost: cost["length"])
         seconds, memory = (100 * (ours[name] / theirs[name] - 1) for name in ("seconds", "peak_bytes"))
         said.append(
-            f"A training step of as many tokens ({attention}): ALiBi at {ours['length']:,} takes {seconds:+.0f} % time "
-            f"and {memory:+.0f} % memory against sinusoidal positions at {theirs['length']:,}."
+            f"A training step of as many tokens ({attention}): ALiBi at {ours['length']:,} takes {round(seconds):+d} % "
+            f"time and {round(memory):+d} % memory against sinusoidal positions at {theirs['length']:,}."
         )
     return said
 

@@ -162,6 +162,7 @@ def train(run: Run, settings: Settings, tokens: torch.Tensor, advance: Callable[
     peak = peak_bytes(lambda: train_step(model, batch), settings.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(run, settings, folder)
+        arguments._n_gpu = 1  # Trainer would take all there are, and a batch for each
         trainer = Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[Counter(advance)])
         trainer.remove_callback(PrinterCallback)
         wall, cpu = time.perf_counter(), time.process_time()

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from position_encodings import ENCODINGS, check_encodings
 from short_long_report import findings, write_report
 from short_long_results import Results
 from short_long_runs import run_all
-from short_long_training import Run, Settings
+from short_long_training import Run, Settings, build_model
 from texts import as_stream, load_texts
 from train_sotu import train_tokenizer
 
@@ -112,11 +112,17 @@ def check(options: Options, settings: Settings) -> None:
     check_encodings(options.encodings)
     if not options.seeds or len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"--seeds {options.seeds} must name each seed once.")
+    if wrong := [seed for seed in options.seeds if not 0 <= seed < 2**32]:
+        raise ValueError(f"--seeds {wrong[0]} must be at least 0 and below 2**32.")
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs} is too small; give at least 1.")
-    if settings.device != "cpu" and not torch.cuda.is_available():
+    if settings.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {settings.device} is neither cpu nor cuda; CUDA_VISIBLE_DEVICES chooses a GPU.")
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device} needs a GPU that PyTorch can use; choose --setting cpu.")
     settings.check()
+    with torch.device("meta"):  # which refuses an attention implementation that there is not
+        build_model(plan(options, settings)[0], replace(settings, device="meta"))
 
 
 def load_tokens(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +141,11 @@ def load_tokens(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
             f"give at most {len(tokenizer)}, or a longer text. Bytes and special tokens alone are 260."
         )
     tokens, held_out = as_stream(tokenizer, texts.train), as_stream(tokenizer, texts.held_out)
-    if len(tokens) <= 2 * settings.length:
-        raise ValueError(f"{len(tokens)} tokens are to train on, and --length is {settings.length}; give more --text.")
+    if len(tokens) <= settings.tokens_per_step:
+        raise ValueError(
+            f"{len(tokens)} tokens are to train on, and --tokens_per_step is {settings.tokens_per_step}; give more "
+            "--text."
+        )
     wanted, longest = settings.held_out_tokens, settings.lengths[-1]
     if len(held_out) < wanted:
         raise ValueError(

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import short_long_runs
 from alibi_hf.evaluation import perplexity
 from position_encodings import ENCODINGS
 from short_long_report import curves, findings, write_report
@@ -21,6 +23,7 @@ from short_long_runs import measure_steps
 from short_long_training import Run, Settings, build_model, read_by_length, train
 from step_cost import peak_bytes, time_steps
 from train_short_test_long import SETTINGS, main, parse
+from train_sotu import RandomWindows
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SENTENCES = ("The Congress meets today. ", "Peace is with all nations. ", "The debt is paid. ", "We shall act. ")
@@ -48,10 +51,15 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def in_threads(jobs, _context, initializer, arguments):
+    """A pool without processes, which take long to start."""
+    return ThreadPoolExecutor(jobs, "training", initializer, arguments)
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_without_training_anything_twice(text, tmp_path, capsys):
+def test_a_killed_run_goes_on_without_training_anything_twice(text, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    command = ["--setting", "tiny", "--text", str(text), "--output", str(out), "--steps", "40", "--jobs", "1"]
+    command = ["--setting", "tiny", "--text", str(text), "--output", str(out), "--jobs", "1"]
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / "train_short_test_long.py"), *command],
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
@@ -66,6 +74,7 @@ def test_a_killed_run_goes_on_without_training_anything_twice(text, tmp_path, ca
     assert workers and ends(workers), "a training goes on though nobody will take its result"
     assert len(before) < 6, "nothing was left to do"
 
+    monkeypatch.setattr(short_long_runs, "ProcessPoolExecutor", in_threads)
     assert main(command) == 0
     printed = capsys.readouterr().out
     after = finished(out)
@@ -203,6 +212,29 @@ def test_the_claim_is_judged_at_twice_the_training_length(tmp_path, ours, verdic
     assert sentences[2] == "At the training length itself: ALiBi 20.5, RoPE 19.0."
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_minus(tmp_path):
+    results = made_up(tmp_path, {("alibi", 8): {8: 2.0}})
+    for encoding, length, memory in (("alibi", 8, 999), ("sinusoidal", 8, 999), ("sinusoidal", 16, 1000)):
+        cost = {"encoding": encoding, "length": length, "attention": "sdpa", "seconds": length, "peak_bytes": memory}
+        results.step_costs.append(cost)
+    assert "ALiBi at 8 takes -50 % time and +0 % memory against sinusoidal positions at 16." in findings(results)[-1]
+
+
+def test_all_encodings_read_the_same_rows_in_the_same_order(monkeypatch):
+    read, window = [], RandomWindows.__getitem__
+
+    def noted(windows, index):
+        read.append(window(windows, index)["input_ids"])
+        return window(windows, index)
+
+    monkeypatch.setattr(RandomWindows, "__getitem__", noted)
+    settings = tiny(dropout=0.3, steps=3)
+    for name in ENCODINGS:
+        train(Run(name, 8, 1), settings, repeating(2048), ignore)
+    first, *rest = torch.stack(read).view(len(ENCODINGS), -1, 8)
+    assert len(first) >= 3 * 8 and len(first.unique(dim=0)) > 8 and all(torch.equal(first, other) for other in rest)
+
+
 def test_lines_of_the_training_length_come_first(tmp_path):
     results = made_up(tmp_path, {("sinusoidal", 16): {8: 3.0}, ("sinusoidal", 8): {8: 2.0}, ("alibi", 8): {8: None}})
     assert curves(results, "non-overlapping") == {
@@ -234,6 +266,10 @@ def test_memory_of_a_step_is_that_of_its_tensors():
         ({"encodings": "rotary"}, "There is no encoding 'rotary'; choose from alibi, rope"),
         ({"encodings": ["alibi", "alibi"]}, "must name each encoding once"),
         ({"seeds": [1, 1]}, "must name each seed once"),
+        ({"seeds": [-1]}, "--seeds -1 must be at least 0"),
+        ({"attention": "nonsense"}, "attn_implementation='nonsense'"),
+        ({"device": "cuda:1"}, "--device cuda:1 is neither cpu nor cuda"),
+        ({"tokens_per_step": 16000}, "tokens are to train on, and --tokens_per_step is 16000"),
         ({"jobs": 0}, "--jobs 0 is too small"),
         ({"learning_rate": 0}, "--learning_rate 0.0 must be positive"),
         ({"dropout": 1}, "--dropout 1.0 must be"),

@@ -191,6 +191,8 @@ def check(script: ScriptArguments) -> None:
         raise ValueError(f"--tokens {script.tokens} is no multiple of --segment {script.segment}; change one of them.")
     if script.continuations < 1:
         raise ValueError(f"--continuations {script.continuations} writes nothing; give at least 1.")
+    if not 0 <= script.seed < 2**32:
+        raise ValueError(f"--seed {script.seed} must be at least 0 and below 2**32.")
     if not 0 < script.top_p <= 1:
         raise ValueError(f"--top_p {script.top_p} is not between 0 and 1.")
     if not 0 < script.temperature < math.inf:

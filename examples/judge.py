@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alibi_hf import AlibiForCausalLM, UnknownFamilyError
+from alibi_hf.evaluation.reading import find_position_table
 
 LOGITS = 2**26  # how many numbers are computed at once: 256 MiB
 
@@ -56,15 +57,18 @@ class Judge:
 
     Raises:
         ValueError: where the model does not say at what length it was trained, and `window` does not either; a window
-            of fewer than two tokens.
+            of fewer than two tokens, or of more than its table of positions has.
     """
 
     def __init__(self, model: Any, tokenizer: Any, window: int | None = None) -> None:
-        window = window or getattr(model.config, "max_position_embeddings", None)
+        window = getattr(model.config, "max_position_embeddings", None) if window is None else window
         if window is None:
             raise ValueError(f"{type(model.config).__name__} names no training length; say what window to read in.")
         if window < 2:
             raise ValueError(f"A window of {window} tokens has nothing to predict; give at least 2.")
+        table = find_position_table(model)
+        if table is not None and window > table[1]:
+            raise ValueError(f"A window of {window} tokens: {table[0]} of the judge has {table[1]} positions.")
         self.model, self.tokenizer, self.window = model, tokenizer, window
 
     def read(self, pieces: Sequence[str]) -> list[Verdict]:
@@ -83,7 +87,7 @@ class Judge:
             start, stop = stop, stop + len(tokens)
             found = losses[max(start, 1) : stop]
             bits = float(found.sum()) / math.log(2) / len(piece.encode())
-            verdicts.append(Verdict(math.exp(float(found.mean())), bits))
+            verdicts.append(Verdict(float(found.double().mean().exp()), bits))
         return verdicts
 
     @torch.no_grad()

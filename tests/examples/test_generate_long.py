@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import generate_long
 from alibi_hf import AlibiForCausalLM
@@ -87,6 +88,13 @@ def test_a_judge_that_knows_nothing_gives_six_bits_a_token() -> None:
         Judge(Uniform(), Characters(), 1)
 
 
+def test_a_judge_with_a_table_of_positions_reads_no_farther() -> None:
+    config = GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2, vocab_size=64)
+    assert Judge(GPT2LMHeadModel(config), Characters()).window == 16
+    with pytest.raises(ValueError, match="window of 17 tokens: transformer.wpe of the judge has 16 positions"):
+        Judge(GPT2LMHeadModel(config), Characters(), 17)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 40])
 def test_the_judge_gives_every_token_half_a_window_of_context(tokens: int, tmp_path: Path) -> None:
     judge = Judge(*load(str(write_checkpoint(tmp_path / "judge"))))
@@ -148,9 +156,14 @@ def test_what_it_writes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "other" / "text-0.txt").read_text(encoding="utf-8") != texts[0]
 
 
-def test_loops_are_found_in_the_segment_they_are_in() -> None:
-    tokenizer = load(BLOOM)[1]
-    ids = tokenizer("\n\n".join(load_texts().held_out)[:8000], verbose=False)["input_ids"]
+@pytest.fixture(scope="module")
+def real() -> list[int]:
+    """Tokens of held-out text."""
+    return AutoTokenizer.from_pretrained(BLOOM)("\n\n".join(load_texts().held_out)[:50_000], verbose=False)["input_ids"]
+
+
+def test_loops_are_found_in_the_segment_they_are_in(real: list[int]) -> None:
+    tokenizer, ids = AutoTokenizer.from_pretrained(BLOOM), real
     row = torch.tensor(ids[:256] + ids[256:272] * 16 + ids[300:556])
     (figures,) = generate_long.quality(row[None], tokenizer, Judge(*load(MPT)), 256)
     assert figures[1]["distinct"] == 16 / 253 and figures[1]["longest_run"] == 240
@@ -170,36 +183,39 @@ def slopes_past_the_length(change: float):
     return wrong
 
 
-def judged(wrong: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Figures of 128 tokens that follow on 256 of real text, with the slopes multiplied by `wrong` all along them."""
+def judged(wrong: float, real: list[int], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Figures of 64 tokens that follow on 256 of real text, with the slopes multiplied by `wrong` all along them."""
     model, tokenizer = load(BLOOM)
     model.config.attention_window = False  # its proof is for slopes that are not negative
-    real = tokenizer("\n\n".join(load_texts().held_out), verbose=False)["input_ids"]
-    rows = torch.tensor([real[start : start + 256] for start in (0, 60_000, 120_000, 180_000)])
+    rows = torch.tensor([real[start : start + 256] for start in (0, 2000, 4000, 6000)])
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(positions_alibi, "scaled_slopes", slopes_past_the_length(wrong))
-        written = model.generate(rows, min_length=384, max_length=384, do_sample=True, top_p=0.9, top_k=0)
-    texts = generate_long.quality(written, tokenizer, Judge(*load(MPT)), 128)
-    return {name: generate_long.mean_and_spread(texts, 2, name)[0] for name in generate_long.QUALITY}
+        written = model.generate(rows, min_length=320, max_length=320, do_sample=True, top_p=0.9, top_k=0)
+    texts = generate_long.quality(written, tokenizer, Judge(*load(MPT)), 64)
+    return {name: generate_long.mean_and_spread(texts, 4, name)[0] for name in generate_long.QUALITY}
 
 
 @pytest.mark.slow
-def test_quality_holds_past_the_training_length_and_not_with_a_wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = judged(1.0, monkeypatch)
+def test_quality_holds_past_the_training_length_and_not_with_a_wrong_bias(
+    real: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = judged(1.0, real, monkeypatch)
     assert sound["perplexity"] < 60 and sound["bits_per_byte"] < 1.6 and sound["distinct"] > 0.95
     for wrong in (0.0, -1.0):
-        broken = judged(wrong, monkeypatch)
+        broken = judged(wrong, real, monkeypatch)
         assert broken["bits_per_byte"] > 1.3 * sound["bits_per_byte"], wrong
 
 
 def test_upstreams_mpt_fails_past_its_length_and_ours_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    names = ["--model", MPT, "--judge", BLOOM, "--tokens", "384", "--segment", "128", "--continuations", "1"]
+    (tmp_path / "text.txt").write_text(load_texts().held_out[0], encoding="utf-8")
+    names = ["--model", MPT, "--judge", BLOOM, "--tokens", "320", "--segment", "64", "--continuations", "1"]
+    names += ["--text", str(tmp_path / "text.txt")]
     assert generate_long.main([*names, "--upstream", "True", "--output_dir", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert re.search(r"MptForCausalLM fails after 2\d\d tokens: ", said) and "fails" in said.split("cost:")[1]
     cost = read_csv(tmp_path / "out" / "cost.csv")
-    assert [row["class"] for row in cost] == ["AlibiForCausalLM"] * 3 + ["MptForCausalLM"] * 2
+    assert [row["class"] for row in cost] == ["AlibiForCausalLM"] * 5 + ["MptForCausalLM"] * 4
 
 
 @pytest.mark.parametrize(
@@ -215,6 +231,8 @@ def test_upstreams_mpt_fails_past_its_length_and_ours_goes_on(tmp_path: Path, ca
         (["--prompt", "the cat sat " * 9], "--prompt has .* fewer than --segment 16"),
         (["--judge", "no/such/judge"], "no/such/judge"),
         (["--judge_window", "1"], "window of 1 tokens"),
+        (["--judge_window", "0"], "window of 0 tokens"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--text", "no/such/text"], "no/such/text"),
         (["--tokens", "16000"], "tokens of --text are held out, fewer than --tokens 16000"),

@@ -23,11 +23,11 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import AutoTokenizer, HfArgumentParser
 
 from alibi_hf import AlibiForCausalLM
@@ -125,6 +125,8 @@ def write_table(readings: Readings, path: Path) -> None:
 
 def draw(readings: Readings, path: Path) -> None:
     """Draw perplexity over length, one panel a model; sliding windows are solid, the others dashed."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 * len(readings), 4), layout="constrained")
     panels = figure.subplots(1, len(readings), squeeze=False)[0]
     for panel, (model, found) in zip(panels, readings.items(), strict=True):
@@ -151,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options,) = parser.parse_args_into_dataclasses(arguments)
     readings: Readings = {}
     try:
+        if len({Path(model).name for model in options.models}) < len(options.models):
+            raise ValueError(f"--models {' '.join(options.models)} would have the same name in tables; rename one.")
         for model in options.models:
             name = Path(model).name
             readings[name] = measure(model, options)
@@ -161,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scale_slopes.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     write_table(readings, output / "scale_slopes.csv")
-    draw(readings, output / "scale_slopes.png")
+    if find_spec("matplotlib"):
+        draw(readings, output / "scale_slopes.png")
     print(f"\nTable and picture: {output}")
     return 0
 

@@ -59,6 +59,7 @@ def test_every_line_is_read_with_its_own_slopes(text: str, tmp_path: Path, capsy
         (["--lengths", "1"], "1"),
         (["--factors", "0.5"], "alibi_scaling="),
         (["--models", "/no/such/folder"], "/no/such/folder"),
+        (["--models", MPT, f"other/{Path(MPT).name}"], "the same name in tables"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .bias_alibi import Distances
 from .positions_alibi import is_tracing
+from .scaling_alibi import text_lengths
 
 SINUSOIDAL_BASE = 10000.0
 
@@ -137,7 +138,7 @@ def make_rotation(config: Any, distances: Distances, dtype: torch.dtype) -> Rota
         lengths = positions.amax(-1, keepdim=True) + 1
         frequencies = rope_frequencies(config, device, lengths)
         return Rotation(_turn(positions, *frequencies, dtype), _turn(keys, *frequencies, dtype))
-    lengths = _document_lengths(positions, distances.query_document)  # no cache: the queries are the keys
+    lengths = text_lengths(distances)[:, 0]  # type: ignore[index]  # no cache: the queries are the keys
     turn = _turn(positions, *rope_frequencies(config, device, lengths), dtype)
     return Rotation(turn, turn)
 
@@ -145,13 +146,6 @@ def make_rotation(config: Any, distances: Distances, dtype: torch.dtype) -> Rota
 def query_positions(distances: Distances) -> torch.Tensor:
     """Return the position of each query in its text, int64 `[batch or 1, queries]`."""
     return distances.query_index[None] if distances.query_position is None else distances.query_position
-
-
-def _document_lengths(positions: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens the document of each token has, int64 `[batch or 1, tokens]`."""
-    documents = documents.expand_as(positions)
-    longest = positions.new_zeros(positions.shape[0], positions.shape[1] + 1)
-    return longest.scatter_reduce(1, documents, positions, "amax").gather(1, documents) + 1
 
 
 def _turn(positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype) -> Pair:

@@ -107,13 +107,42 @@ CASES: dict[str, dict[str, Any]] = {
     "two_heads": {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 1},
 }
 
+TRAINED = 32  # max_position_embeddings of the cases
+
+# Transformers' kinds of RoPE, at a training length of 32 tokens and for heads of 8 features.
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": TRAINED,
+        "factor": 4.0,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+LATE = ("dynamic", "longrope")
+
+
+def rope_of(kind: str) -> dict[str, Any]:
+    """Return the `rope_parameters` of a kind."""
+    return {"rope_type": kind, "rope_theta": 1000.0, **KINDS[kind]}
+
 
 def config_of(case: str, **changes: Any) -> AlibiConfig:
     """Return the config of a case, with `changes`."""
     fields = {
         "vocab_size": 61,
         "num_hidden_layers": 2,
-        "max_position_embeddings": 32,
+        "max_position_embeddings": TRAINED,
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,

@@ -1,4 +1,4 @@
-"""RoPE, learned and sinusoidal positions, alone and beside ALiBi: every way of feeding, and Llama's own numbers."""
+"""RoPE, learned and sinusoidal positions, alone and beside ALiBi, in every way of feeding."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
-from transformers.modeling_rope_utils import dynamic_rope_update
-from transformers.models.llama import modeling_llama
+from transformers import DynamicCache, StaticCache
 
 from alibi_hf import AlibiConfig, AlibiForCausalLM
 from alibi_hf.model import bias_alibi, encodings_alibi, layers_alibi, modeling_alibi, sdpa_alibi
 from alibi_hf.model.bias_alibi import Distances
 from alibi_hf.model.encodings_alibi import make_rotation, rope_frequencies
-from tests.builders import fill
-from tests.model.cases import BACKENDS, MISTRAL, assert_close, build, check, config_of, documents, expected
+from tests.model.cases import (
+    BACKENDS,
+    LATE,
+    TRAINED,
+    assert_close,
+    build,
+    check,
+    config_of,
+    documents,
+    expected,
+    rope_of,
+)
 from tests.model.feeding import FEEDS, cached, pad
 from tests.model.test_compile import decode
 from tests.model.test_generation import continuation, generate_batch
@@ -25,36 +33,6 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 ENCODINGS = ("rope", "hybrid", "learned", "sinusoidal")
 TEXTS = documents(23, 40, 1, 17)
-TRAINED = 32  # max_position_embeddings of the cases
-
-# Transformers' kinds of RoPE, at a training length of 32 tokens and for heads of 8 features.
-KINDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "linear": {"factor": 4.0},
-    "dynamic": {"factor": 3.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
-    "longrope": {
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [1.0, 2.0, 4.0, 8.0],
-        "original_max_position_embeddings": TRAINED,
-        "factor": 4.0,
-    },
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "proportional": {"partial_rotary_factor": 0.5},
-}
-LATE = ("dynamic", "longrope")
-
-
-def rope_of(kind: str) -> dict[str, Any]:
-    """Return the `rope_parameters` of a kind."""
-    return {"rope_type": kind, "rope_theta": 1000.0, **KINDS[kind]}
-
-
 # Every way of feeding
 
 # Learned and sinusoidal positions are added before any backend; flex costs most for the same sums.
@@ -133,77 +111,6 @@ def test_export_with_dynamic_length(case: str) -> None:
         assert_close(found, expected(case, other).logits, 1e-5)
 
 
-# Llama's own numbers
-
-
-def llama(rope: dict[str, Any], layers: int = 2) -> LlamaForCausalLM:
-    """Return a random Llama that is trained at 32 tokens."""
-    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
-    config = LlamaConfig(**shape, **heads, rms_norm_eps=1e-5, rope_parameters=dict(rope), eos_token_id=None)
-    model = fill(LlamaForCausalLM(config))
-    model.set_attn_implementation("eager")
-    return model
-
-
-def ours(theirs: LlamaForCausalLM, rope: dict[str, Any], backend: str = "sdpa") -> AlibiForCausalLM:
-    """Return the same decoder, with the same weights, as a config of this package."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shape = {name: getattr(theirs.config, name) for name in (*names, "num_key_value_heads", "max_position_embeddings")}
-    config = AlibiConfig(**shape, **MISTRAL, alibi=False, norm_eps=1e-5, rope_parameters=rope, pad_token_id=0)
-    model = AlibiForCausalLM(config).eval()
-    model.load_state_dict(theirs.state_dict())
-    model.set_attn_implementation(backend)
-    return model
-
-
-def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Llama norm in float64 and turn by float64 angles of its float32 frequencies: it has float32 in any model."""
-
-    def turn(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].double() * self.inv_freq.double()
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
-
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", dynamic_rope_update(turn))
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_llamas_logits(kind: str, backend: str) -> None:
-    theirs = llama(rope_of(kind))
-    model = ours(theirs, rope_of(kind), backend)
-    for text in documents(20, TRAINED, TRAINED + 1, 100):
-        assert_close(model(text[None]).logits, theirs(text[None]).logits, 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_llamas_logits_in_float64(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_float64(monkeypatch)
-    theirs = llama(rope_of(kind)).double()
-    theirs.set_attn_implementation("sdpa")  # eager's softmax is float32
-    model = ours(theirs, rope_of(kind)).double()
-    for text in documents(20, TRAINED, TRAINED + 1, 100):
-        assert_close(model(text[None]).logits, theirs(text[None]).logits, 1e-10)
-
-
-@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
-def test_llamas_gradients(kind: str) -> None:
-    text, theirs = documents(50)[0][None], llama(rope_of(kind))
-    model = ours(theirs, rope_of(kind))
-    for each in (theirs, model):
-        each(text, labels=text, use_cache=False).loss.backward()
-    truth = dict(theirs.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, truth[name].grad, 1e-5)
-
-
 # Frequencies that change with the length of the text
 
 
@@ -222,6 +129,14 @@ def test_each_text_has_the_frequencies_of_its_own_length(kind: str, backend: str
     model, texts = late(kind, backend=backend), documents(23, 40, 60, 32)
     for found, text in zip(FEEDS[feed](model, texts), texts, strict=True):
         assert_close(found, late(kind, backend="eager")(text[None]).logits[0], 1e-10)
+
+
+@torch.no_grad()
+def test_documents_without_tokens_have_no_length() -> None:
+    """Their bounds may be more than there are tokens."""
+    model, text = late("dynamic"), documents(3)[0][None]
+    bounds = torch.tensor([0, 0, 0, 0, 0, 0, 3])
+    assert_close(model(text, cu_seq_lens_q=bounds, use_cache=False).logits, model(text).logits, 1e-12)
 
 
 @torch.no_grad()

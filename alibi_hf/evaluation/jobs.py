@@ -16,14 +16,13 @@ from alibi_hf.evaluation.loading import (
     Options,
     Subject,
     check_fit,
-    describe_positions,
     load_model,
     load_tokenizer,
-    trained_length,
 )
 from alibi_hf.evaluation.losses import LossReader
 from alibi_hf.evaluation.perplexity import check_lengths, evaluating
-from alibi_hf.evaluation.reading import find_position_table, read
+from alibi_hf.evaluation.positions import describe_positions, find_position_table, trained_length
+from alibi_hf.evaluation.reading import read
 from alibi_hf.evaluation.report import PROTOCOLS, ModelEvaluation, Reading
 from alibi_hf.evaluation.text import TextFile, Tokens, tokenize
 from alibi_hf.evaluation.windows import Region, check_stride, make_region

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alibi_hf.checkpoints.options import parse_dtype
 from alibi_hf.checkpoints.reading import FileState
@@ -298,44 +298,14 @@ def _need_weights(subject: Subject, options: Options) -> None:
     raise CheckpointFileError(f"{subject.given} has a config.json but no weights (*.safetensors).")
 
 
-def describe_positions(config: PreTrainedConfig, table: tuple[str, int] | None) -> str:
-    """Return in words how a model tells positions apart, as far as its config and its modules say."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = next(iter(rope.values())) if rope and all(isinstance(value, dict) for value in rope.values()) else rope
-    attention = getattr(config, "attn_config", None)
-    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
-    found = ["ALiBi"] if alibi or getattr(attention, "alibi", False) else []
-    if rope.get("rope_theta") and not (alibi and config.model_type != AlibiConfig.model_type):
-        kind = rope.get("rope_type", "default")
-        scaled = "" if kind == "default" else f", {kind} x {rope.get('factor', 1):g}"
-        found.append(f"RoPE (theta {rope['rope_theta']:g}{scaled})")
-    if getattr(config, "sinusoidal_positions", False):
-        found.append("sinusoidal")
-    if table is not None:
-        found.append(f"learned ({table[1]} rows)")
-    if config.model_type == AlibiConfig.model_type and not found:
-        found.append("none")
-    return " + ".join(found) or "not told by its config"
-
-
-def trained_length(config: PreTrainedConfig) -> int | None:
-    """Return the length that a config names as that of training, in tokens."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = [rope.get("original_max_position_embeddings"), *(getattr(config, name, None) for name in names)]
-    return next((int(value) for value in found if isinstance(value, (int, float)) and value > 0), None)
-
-
 __all__ = [
     "UPSTREAM",
     "Options",
     "Subject",
     "check_fit",
-    "describe_positions",
     "file_states",
     "find_subjects",
     "load_model",
     "load_tokenizer",
     "tokenizer_folder",
-    "trained_length",
 ]

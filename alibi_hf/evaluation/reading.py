@@ -9,11 +9,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
 
 from alibi_hf.errors import in_one_line
 from alibi_hf.evaluation.losses import LossReader
 from alibi_hf.evaluation.peak import measure_peak
+from alibi_hf.evaluation.positions import find_position_table
 from alibi_hf.evaluation.report import Protocol, Reading, Span
 from alibi_hf.evaluation.text import Tokens
 from alibi_hf.evaluation.windows import Region, Window, default_stride, make_windows
@@ -64,17 +64,6 @@ def read(
         seconds=seconds,
         peak_bytes=peak.bytes,
     )
-
-
-def find_position_table(model: Any) -> tuple[str, int] | None:
-    """Return name and rows of a model's table of learned positions, or None where none is seen.
-
-    It is an embedding, besides that of the tokens, with a name that says so.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and any(word in name.rpartition(".")[2] for word in ("wpe", "position")):
-            return name, module.num_embeddings - getattr(module, "offset", 0)  # OPT leaves its first rows unused
-    return None
 
 
 class _Sums:
@@ -174,4 +163,4 @@ def _reason(error: Exception, model: Any, length: int) -> str:
     return f"{said} (its table of learned positions has {table[1]} rows)" if short and table else said
 
 
-__all__ = ["find_position_table", "read"]
+__all__ = ["read"]

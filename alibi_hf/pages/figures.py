@@ -7,6 +7,7 @@ bytes.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def drawing(picture: bool = False) -> Iterator[bool]:
         yield False
         return
     style = {name: light(value) for name, value in STYLE.items()} if picture else STYLE
-    with matplotlib.style.context(style, after_reset=True):
+    with matplotlib.style.context(style, after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names hold any sign; a box stands for it
         yield True
 
 

@@ -146,6 +146,11 @@ def test_anything_can_be_drawn(report, tmp_path) -> None:
     assert imread(tmp_path / "any.png").std() > 0.01
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sign_that_the_font_has_not_is_no_warning(tmp_path) -> None:
+    plot_perplexity(evaluation(model("\U0001f389", [20.0, 21.0])), tmp_path / "a.png")
+
+
 def test_without_matplotlib_it_says_what_is_missing(tmp_path, monkeypatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

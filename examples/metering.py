@@ -100,7 +100,8 @@ def generate(model: Any, prompt: Any, tokens: int, segment: int, **options: Any)
     """
     cache = (GrowingCache if isinstance(model, AlibiForCausalLM) else DynamicCache)(config=model.config)
     meter, written, failure = Meter(cache, segment), None, ""
-    length = {"min_length": tokens, "max_length": tokens}
+    new = tokens - prompt["input_ids"].shape[1]
+    length = {"min_new_tokens": new, "max_new_tokens": new, "num_beams": 1}  # whatever the model's own settings say
     try:
         prompt = prompt.to(model.device)
         written = model.generate(**prompt, **length, **options, past_key_values=cache, streamer=meter).cpu()

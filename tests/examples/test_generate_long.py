@@ -16,6 +16,7 @@ import generate_long
 from alibi_hf import AlibiForCausalLM
 from alibi_hf.model import positions_alibi
 from judge import Judge, load
+from metering import generate
 from repetition import compression, distinct, earlier_runs, seen_before
 from tests.examples.finetuning import write_checkpoint, write_text
 from texts import load_texts
@@ -160,6 +161,14 @@ def test_what_it_writes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def real() -> list[int]:
     """Tokens of held-out text."""
     return AutoTokenizer.from_pretrained(BLOOM)("\n\n".join(load_texts().held_out)[:50_000], verbose=False)["input_ids"]
+
+
+def test_lengths_in_the_models_own_settings_do_not_count(source: Path) -> None:
+    model, tokenizer = load(str(source / "checkpoint"))
+    model.generation_config.update(max_new_tokens=3, num_beams=2)
+    prompt = tokenizer(["the cat"] * 2, return_tensors="pt", return_token_type_ids=False)
+    found = generate(model, prompt, tokens=32, segment=16, do_sample=True)
+    assert found.tokens is not None and found.tokens.shape == (2, 32) and len(found.costs) == 2
 
 
 def test_loops_are_found_in_the_segment_they_are_in(real: list[int]) -> None:

@@ -15,8 +15,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from alibi_hf.model.loss_alibi import can_chunk
 from tests.distributed.processes import needs_gloo, run
-from tests.model.cases import assert_close, build, documents
-from tests.model.test_loss import assert_gradients, batch, gradients
+from tests.model.cases import build, documents
+from tests.model.test_loss import batch
+from tests.model.training import assert_gradients, gradients
 
 WORKER = Path(__file__).with_name("loss_worker.py")
 
@@ -75,8 +76,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "found.pt")
     for engine in ("DDP", "FSDP2", "FSDP2, head apart"):
         torch.testing.assert_close(found[engine]["loss"], loss.detach().double(), rtol=1e-6, atol=0)
-        for name, gradient in truth.items():
-            assert_close(found[engine]["gradients"][name], gradient, 1e-6)
+        assert_gradients({name: found[engine]["gradients"][name] for name in truth}, truth, 1e-6)
 
 
 class Halved(nn.Linear):

@@ -1,6 +1,6 @@
 """Evaluation of a long window beside the prefill of the same tokens: time, and memory at the peak.
 
-    python -m benchmarks.evaluation                            # 32k tokens of a 110M model: half an hour and more a thread count
+    python -m benchmarks.evaluation                            # 32k tokens of a 110M model; half an hour a thread
     python -m benchmarks.evaluation --lengths 4096 --repeats 3
     python -m benchmarks.evaluation --device cuda --dtypes bf16
 

@@ -85,17 +85,17 @@ def prefix_truth(model: Any, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     """Return the reference's logits for `text` behind virtual keys and values, which lie nearest the first token."""
     cache = model.get_prompt(1)
 
-    def attend(state: Any, fields: Any, name: str, x: torch.Tensor, single: bool) -> tuple[torch.Tensor, Any]:
+    def attend(state: Any, fields: Any, name: str, x: torch.Tensor, single: bool, _: Any) -> tuple[torch.Tensor, Any]:
         layer = cache.layers[int(name.split(".")[2])]
         heads, groups, dim = fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"]
         q, k, v = (decoder.linear(state, f"{name}.{part}_proj", x).view(len(x), -1, dim) for part in "qkv")
         k = torch.cat([layer.keys[0].transpose(0, 1).detach(), k])
         v = torch.cat([layer.values[0].transpose(0, 1).detach(), v])
         future = torch.ones(len(x), len(k), dtype=torch.bool).triu(VIRTUAL + 1)
-        outputs = []
+        ends, outputs = [len(k)] * len(k), []
         for head in range(heads):
             group = head // (heads // groups)
-            scores = q[:, head] @ k[:, group].T / dim**0.5 + decoder.bias(fields, head, len(k), single)[VIRTUAL:]
+            scores = q[:, head] @ k[:, group].T / dim**0.5 + decoder.bias(fields, head, ends, single)[VIRTUAL:]
             outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, group])
         return decoder.linear(state, f"{name}.o_proj", torch.cat(outputs, dim=-1)), None
 

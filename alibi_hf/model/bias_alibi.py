@@ -262,8 +262,8 @@ class Distances:
         query, key = self.query_position, self.key_position
         if query is None or key is None:
             query, key = self.query_index[None], torch.arange(num_keys, device=self.slopes.device)[None]
-        slopes = None if self.query_slopes is None else self.query_slopes[:, :, start:stop]
-        return self.bias(query[:, start:stop, None] - key[:, None, :num_keys], slopes)
+        delta = query[:, start:stop, None] - key[:, None, :num_keys]
+        return self.bias(delta) if self.query_slopes is None else self.bias(delta, self.query_slopes[:, :, start:stop])
 
     def visible(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
         """Return which keys the queries see, bool `[batch or 1, heads or 1, stop - start, num_keys]`."""

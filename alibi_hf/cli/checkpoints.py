@@ -11,14 +11,18 @@ import alibi_hf
 from alibi_hf.checkpoints.companions import mark_verified
 from alibi_hf.checkpoints.export import TARGETS
 from alibi_hf.cli.options import (
+    AllowNonfinite,
     AllowPickle,
     AsJson,
     Device,
     Layerwise,
     Output,
+    Overwrite,
     Quiet,
+    Resume,
     Revision,
     Source,
+    Workers,
     given_command,
     parse_lengths,
     parse_parts,
@@ -54,15 +58,13 @@ def convert(
         str,
         typer.Option("--alibi-rounding", help="exact, or bloom, falcon, baichuan or jais: upstream's own."),
     ] = "exact",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Shards written at once; default: by processors and free memory.")
-    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    workers: Workers = None,
     verify: Annotated[bool, typer.Option(help="Prove parity afterwards.")] = True,
     layerwise: Layerwise = False,
     allow_pickle: AllowPickle = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -103,14 +105,12 @@ def retrofit(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB or 5GB.")] = "5GB",
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Shards written at once; default: by processors and free memory.")
-    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    workers: Workers = None,
     check: Annotated[bool, typer.Option(help="Check on a short text that the weights arrived.")] = True,
     allow_pickle: AllowPickle = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -149,9 +149,9 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(help="Largest weight file, such as 500MB or 5GB; gguf has one.")
     ] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    overwrite: Overwrite = False,
     tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer into the gguf file.")] = True,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")] = False,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import alibi_hf
-from alibi_hf.cli.options import AllowPickle, AsJson, Quiet, Revision, given_command, parse_lengths
+from alibi_hf.cli.options import AllowPickle, AsJson, Overwrite, Quiet, Resume, Revision, given_command, parse_lengths
 from alibi_hf.cli.running import app, errors, progress_bar, show
 
 
@@ -45,8 +45,8 @@ def evaluate(
         ),
     ] = False,
     allow_pickle: AllowPickle = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,7 +85,7 @@ def reach(
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Lengths in tokens; default: 256,1024,4096.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for reach.json, .csv, .html and .png.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    overwrite: Overwrite = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on CPU, else as stored.")
     ] = None,

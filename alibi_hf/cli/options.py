@@ -21,6 +21,12 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickles 
 Layerwise = Annotated[
     bool, typer.Option("--layerwise", help="Prove layer by layer: one layer in memory, whatever the model's size.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Shards written at once; default: by processors and free memory.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 

@@ -22,7 +22,7 @@ from alibi_hf.evaluation.findings import (
 from alibi_hf.evaluation.page_figures import draw, swatches
 from alibi_hf.evaluation.plot import PANELS, label
 from alibi_hf.evaluation.table import COLUMNS, NO_PICTURE, TOKENIZERS, perplexity, reading_cells
-from alibi_hf.pages import Figure, as_html, definitions, figure_grid, key, section, table, unordered
+from alibi_hf.pages import Figure, as_html, definitions, figure_grid, key, listed, section, table, unordered
 
 if TYPE_CHECKING:
     from alibi_hf.evaluation.report import Evaluation, ModelEvaluation, Protocol
@@ -134,8 +134,8 @@ def _about(report: Evaluation) -> str:
         "Text": "; ".join(map(_of_file, report.text[:FILES])) + (f"; {more} more files" if more > 0 else ""),
         "Models": "; ".join(f"{name}: {where}" for name, where in loaded),
         "Lengths": ", ".join(f"{length:,}" for length in report.lengths),
-        "Machine": ", ".join(f"{name} {value}" for name, value in report.machine.items()),
-        "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "Machine": listed(report.machine),
+        "Versions": listed(report.versions),
         "Command": report.command,
         "Time": f"{report.seconds:,.0f} s",
     }

@@ -12,7 +12,7 @@ from alibi_hf.evaluation.bias_alone import KEYS
 from alibi_hf.evaluation.reach_figures import draw_lines, draw_maps
 from alibi_hf.evaluation.reach_table import HEADS, ROUNDING, head_cells, rounding_cells
 from alibi_hf.evaluation.reach_words import HOW_TO_READ, findings, model_name, percent, tokens
-from alibi_hf.pages import as_html, definitions, figure_grid, section, table, unordered
+from alibi_hf.pages import as_html, definitions, figure_grid, listed, section, table, unordered
 
 if TYPE_CHECKING:
     from alibi_hf.evaluation.reach_report import Reach
@@ -95,8 +95,8 @@ def _about(report: Reach) -> str:
         **{name.replace("_", " ").capitalize(): str(value) for name, value in report.model.items()},
         "Computed in": f"{report.dtype} on {report.device}",
         "Text": "; ".join(f"{file['name']} ({file['bytes']} bytes, sha256 {file['sha256']})" for file in report.text),
-        "Machine": ", ".join(f"{name} {value}" for name, value in report.machine.items()),
-        "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "Machine": listed(report.machine),
+        "Versions": listed(report.versions),
         "Command": report.command,
         "Time": f"{report.seconds:.0f} s",
     }

@@ -2,6 +2,17 @@
 
 from .figures import Figure
 from .heat_map import heat_map
-from .page import as_html, definitions, figure_grid, key, section, table, unordered
+from .page import as_html, definitions, figure_grid, key, listed, section, table, unordered
 
-__all__ = ["Figure", "as_html", "definitions", "figure_grid", "heat_map", "key", "section", "table", "unordered"]
+__all__ = [
+    "Figure",
+    "as_html",
+    "definitions",
+    "figure_grid",
+    "heat_map",
+    "key",
+    "listed",
+    "section",
+    "table",
+    "unordered",
+]

@@ -45,6 +45,11 @@ def definitions(rows: Mapping[str, str]) -> str:
     return f"<dl>\n{pairs}</dl>\n"
 
 
+def listed(values: Mapping[str, object]) -> str:
+    """Return names and values in one line of plain text: "torch 2.13.0, python 3.11.7"."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def unordered(lines: Iterable[str]) -> str:
     """Return an unordered list."""
     return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from alibi_hf.pages import Figure, as_html, definitions, figure_grid, section, table, unordered
+from alibi_hf.pages import Figure, as_html, definitions, figure_grid, listed, section, table, unordered
 from alibi_hf.verification.page_figures import draw
 from alibi_hf.verification.render import COLUMNS, HOW_TO_READ, check_cells, control_cells
 
@@ -57,7 +57,7 @@ def _subjects(report: Verification) -> str:
         "Weights": reference.get("weights", ""),
         **({"Length": reference["length"]} if "length" in reference else {}),
         "Text": report.text,
-        "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "Versions": listed(report.versions),
     }
     return section("What was compared with what", definitions(rows))
 

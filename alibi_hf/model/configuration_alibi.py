@@ -242,6 +242,8 @@ class AlibiConfig(PreTrainedConfig):
             raise ValueError(f"attention_window_eps={self.attention_window_eps} must be above 0 and below 1.")
 
     def _validate_alibi(self) -> None:
+        if not self.alibi:
+            self._refuse_alibi_fields()
         if self.alibi_slopes is not None:
             if len(self.alibi_slopes) != self.num_attention_heads:
                 raise ValueError(
@@ -257,6 +259,13 @@ class AlibiConfig(PreTrainedConfig):
                 f"alibi_bias_max={self.alibi_bias_max} and alibi_slopes={self.alibi_slopes}."
             )
         self._validate_alibi_scaling()
+
+    def _refuse_alibi_fields(self) -> None:
+        """Refuse, in a model without ALiBi, what would change nothing."""
+        plain = {"alibi_slopes": None, "alibi_scaling": None, "alibi_distance": "linear", "alibi_rounding": "exact"}
+        for name, default in plain.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} with alibi=False: nothing reads it; drop one.")
 
     def _rounds_its_own(self) -> bool:
         """True if upstream's rounded code has these slopes, distances and scaling."""

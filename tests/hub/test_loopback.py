@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.server import WRITE_TOKEN, LoopbackHub
+from tests.hub.server import READ_TOKEN, WRITE_TOKEN, LoopbackHub
 
 FILES = {"config.json": b"{}", "code/a b.py": b"x = 1\n", "model.safetensors": bytes(range(256)) * 500}
 
@@ -79,3 +79,63 @@ def test_pushing_branches_tags_and_pull_requests(hub: LoopbackHub, tmp_path: Pat
     assert said["who"] == "tester" and said["lfs"][0] is None and len(said["lfs"][1]) == 64
     parts = [request for request in hub.requests if request.method == "PUT"]
     assert len(parts) == 3 and not any(request.token for request in parts)  # signed links: no token leaves the Hub
+
+
+PULL = """
+name = "tester/m"
+folder = Path(snapshot_download(name))
+said["files"] = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+said["sha"], said["bytes"] = folder.name, (folder / "model.safetensors").read_bytes().hex()
+said["missing"] = kind(hf_hub_download, name, "no.txt")
+said["revision"] = kind(hf_hub_download, name, "config.json", revision="no")
+said["repo"] = kind(hf_hub_download, "tester/no", "config.json")
+said["private"] = kind(hf_hub_download, "tester/p", "config.json")
+said["with_token"] = Path(hf_hub_download("tester/p", "config.json", token=READ)).read_text()
+said["not_mine"] = kind(api.upload_file, repo_id=name, path_in_repo="x", path_or_fileobj=b"", token=READ)
+said["wrong_token"] = kind(api.model_info, "tester/p", token="hf_wrong")
+"""
+
+
+def test_pulling_and_what_is_not_there(hub: LoopbackHub, tmp_path: Path) -> None:
+    sha = hub.commit("tester/m", lay(tmp_path / "m"))
+    hub.commit("tester/p", {"config.json": b"{}"})
+    hub.repositories["tester/p"].private = True
+    cut = hub.fail("GET", "^/storage/", "truncate")
+    hub.fail("GET", "/resolve/.*config.json", 429)
+    said = run(hub, tmp_path, PULL.replace("READ", repr(READ_TOKEN)), token=None)
+    assert said["sha"] == sha and said["files"] == sorted([".gitattributes", *FILES])
+    assert bytes.fromhex(said["bytes"]) == FILES["model.safetensors"] and cut.seen == 1
+    assert said["missing"] == "RemoteEntryNotFoundError" and said["revision"] == "RevisionNotFoundError"
+    assert said["repo"] == said["private"] == "RepositoryNotFoundError" and said["with_token"] == "{}"
+    assert said["not_mine"] == said["wrong_token"] == "HfHubHTTPError"
+    assert not any(request.token for request in hub.requests if request.path.startswith("/storage/"))
+
+
+CARDS = {
+    "good": "---\nlicense: mit\nlanguage:\n- en\nbase_model: bigscience/bloom-560m\n---\n# x\n",
+    "license": "---\nlicense: my own\n---\n",
+    "language": "---\nlanguage: English\n---\n",
+    "base_model": "---\nbase_model: some model\n---\n",
+    "index": "---\nmodel-index:\n- name: m\n  results:\n  - task: {type: text-generation}\n    metrics: []\n---\n",
+    "yaml": "---\na: b: c\n---\n",
+    "twice": "---\na: 1\na: 2\n---\n",
+    "none": "# no metadata\n",
+}
+CHECK = """
+for name, card in CARDS.items():
+    said[name] = kind(api.upload_file, repo_id="tester/m", path_in_repo="README.md", path_or_fileobj=card.encode())
+"""
+
+
+def test_metadata_is_checked(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.create("tester/m")
+    said = run(hub, tmp_path, CHECK.replace("CARDS", repr(CARDS)))
+    assert {name for name, kind in said.items() if kind == "ValueError"} == CARDS.keys() - {"good", "none"}
+    assert said["good"] is said["none"] is None and hub.files("tester/m")["README.md"] == CARDS["none"].encode()
+
+
+def test_an_upload_that_fails_is_tried_again(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.create("tester/m")
+    faults = [hub.fail("PUT", "^/storage/", answer) for answer in ("truncate", 503)]
+    run(hub, tmp_path, f"api.upload_folder(repo_id='tester/m', folder_path={str(lay(tmp_path / 'm'))!r})")
+    assert [fault.seen for fault in faults] == [1, 1] and hub.files("tester/m").items() >= FILES.items()

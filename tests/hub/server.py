@@ -61,7 +61,9 @@ class LoopbackHub:
         self.page_size, self.retry_after = 1000, 0
         self.multipart_size: int | None = None
         self._servers = [_Server(self), _Server(self)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        # Two names: clients tell origins apart by port (huggingface_hub 2.4) or by host name alone (1.33).
+        self.url, self.storage_url = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def __enter__(self) -> "LoopbackHub":
         for server in self._servers:

@@ -96,7 +96,9 @@ def scaled_slopes(
     if "factor" in scaling:
         slopes = slopes / scaling["factor"]
     else:
-        divisor = torch.as_tensor(length, dtype=torch.float32, device=device) / scaling["train_seq_len"]
+        if not isinstance(length, torch.Tensor):
+            length = torch.full((), length, device=device)  # `as_tensor` would fix a traced length to one number
+        divisor = length.to(device=device, dtype=torch.float32) / scaling["train_seq_len"]
         slopes = (slopes[:, None] if divisor.dim() else slopes) / divisor.clamp(min=1.0)
     return slopes if rounded is None else slopes.to(rounded).float()
 

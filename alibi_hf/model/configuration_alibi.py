@@ -10,9 +10,11 @@ ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409.
 
 import math
 import os
+import sys
 from typing import Any, ClassVar, Literal
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -356,5 +358,20 @@ class AlibiConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+
+def _announce_classes() -> None:
+    """Let `transformers serve` load these models: it looks up `architectures` in its module `transformers`.
+
+    It finds the Auto class there, which takes the code of the folder, or the installed package's, as ever. Its module
+    may be another object than the one imported here: `transformers.processing_utils` puts a second in its place.
+    """
+    server = sys.modules.get("transformers.cli.serving.model_manager")
+    for module in (transformers, getattr(server, "transformers", transformers)):
+        for auto_class, place in AUTO_MAP.items():
+            if auto_class != "AutoConfig":
+                setattr(module, place.rpartition(".")[2], getattr(transformers, auto_class))
+
+
+_announce_classes()
 
 __all__ = ["AlibiConfig"]

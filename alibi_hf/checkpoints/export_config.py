@@ -11,6 +11,7 @@ from typing import Any
 
 from alibi_hf.checkpoints.export_compare import BIASES, TOKENS, TRAINING, blamed, computed, near, shown
 from alibi_hf.checkpoints.export_maps import bloom_fields, falcon_fields, foundry_fields, mpt_fields
+from alibi_hf.checkpoints.export_servers import server_notes
 from alibi_hf.checkpoints.export_source import Converted
 from alibi_hf.errors import ConfigFieldError
 from alibi_hf.families import Family, find_family
@@ -66,7 +67,8 @@ def target_config(source: Converted, to: str) -> tuple[dict[str, Any], AlibiConf
     raw |= {name: getattr(config, name) for name in TOKENS if getattr(config, name) != getattr(mapped, name)}
     if source.class_name != "AlibiForCausalLM":
         raw |= {name: getattr(config, name) for name in LABEL_FIELDS if name != "num_labels"}
-    return raw, target.family.config(raw), notes + ([target.caution] if target.caution else [])
+    notes += [target.caution] if target.caution else []
+    return raw, target.family.config(raw), notes + server_notes(to, raw)
 
 
 def _check_class(source: Converted, to: str) -> None:

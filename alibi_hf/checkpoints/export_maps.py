@@ -13,6 +13,9 @@ from alibi_hf.families._layout import head_sizes
 from alibi_hf.families._mpt_config import ACTIVATIONS
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
+# Of llm-foundry's initialisation; TGI reads them without a default, vLLM the first.
+_SETTINGS = {"embedding_fraction": 1.0, "init_device": "cpu", "init_config": {"verbose": 0}, "verbose": 0}
+
 
 def bloom_fields(config: AlibiConfig) -> dict[str, Any]:
     """The fields of `BloomConfig`, and `seq_length`, which published configs have."""
@@ -102,6 +105,7 @@ def foundry_fields(config: AlibiConfig) -> dict[str, Any]:
         "norm_type": _norm_type(config),
         "no_bias": not any(biases),
         "logit_scale": config.logit_scale,
+        **_SETTINGS,
     }
     raw["attn_config"] |= _foundry_attention(config)
     ffn = _foundry_ffn(config)

@@ -1,8 +1,19 @@
 """The errors of this package; every message says what was found, the values that disagree, and what to do."""
 
+import re
+
+# Tokens of the Hugging Face Hub, and what stands before the @ of a URL.
+_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+
 
 class AlibiError(ValueError):
-    """Base of all errors that this package raises on purpose; the command line exits 2 on them."""
+    """Base of all errors that this package raises on purpose; the command line exits 2 on them.
+
+    Its message never holds a token, whatever path, id or cause it repeats.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UnknownFamilyError(AlibiError):
@@ -29,9 +40,14 @@ class UnsafeSourceError(AlibiError):
     """Reading the source would need something that is off by default, such as unpickling."""
 
 
+def redact(text: str) -> str:
+    """Return a text with "[hidden]" for each token of the Hub, and for user and password in a URL."""
+    return _SECRET.sub("[hidden]", text)
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says, for a message that names its cause."""
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
@@ -44,4 +60,5 @@ __all__ = [
     "UnknownFamilyError",
     "UnsafeSourceError",
     "in_one_line",
+    "redact",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.checkpoints.writer import write_json
+from alibi_hf.errors import redact
 from alibi_hf.families._fields import defaults_used
 
 SCHEMA_VERSION = 1
@@ -99,8 +100,8 @@ def record(
 
 
 def own_command() -> str:
-    """The command line of this process, without the folders of the program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process, without the folders of the program, and without tokens."""
+    return redact(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, redact
 from alibi_hf.verification.report import LAYERWISE, PARTS
 
 Source = Annotated[str, typer.Argument(help="A folder in an upstream layout, or a Hub id (bigscience/bloom-560m).")]
@@ -32,8 +32,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 
 
 def given_command() -> str:
-    """Return what was typed, for the report."""
-    return shlex.join(["alibi-hf", *sys.argv[1:]])
+    """Return what was typed, without tokens, for the report."""
+    return redact(shlex.join(["alibi-hf", *sys.argv[1:]]))
 
 
 def parse_lengths(text: str | None) -> list[int] | None:

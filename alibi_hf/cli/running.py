@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from transformers.utils import logging
 
 from alibi_hf.display import Report, render
-from alibi_hf.errors import AlibiError, NotProvedError
+from alibi_hf.errors import AlibiError, NotProvedError, redact
 
 app = typer.Typer(
     name="alibi-hf",
@@ -47,7 +47,7 @@ def errors() -> Iterator[None]:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
     except OSError as error:  # a path that cannot be read or written
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(redact(f"{type(error).__name__}: {error}"), err=True)
         raise typer.Exit(2) from error
 
 

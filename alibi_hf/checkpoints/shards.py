@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -229,16 +230,27 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
             held = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
             break
         except RuntimeError as error:
+            if "weights_only=True" in str(error):
+                raise _more_than_tensors(path, error) from error
             if not mmap or "mmap" not in str(error):
                 raise CheckpointFileError(f"{path} cannot be read: {error}.") from error
         except UnpicklingError as error:
-            raise UnsafeSourceError(f"{path} holds more than tensors and is not read: {error}") from error
+            raise _more_than_tensors(path, error) from error
         except Exception as error:  # torch raises whatever the unpickler meets
             reason = f"{type(error).__name__} {error}".strip()
             raise CheckpointFileError(f"{path} cannot be read ({reason}): truncated or damaged.") from error
     if not isinstance(held, dict):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
     return {name: value.detach() for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+def _more_than_tensors(path: Path, error: Exception) -> UnsafeSourceError:
+    """The error without torch's advice, which is to set `weights_only` to false."""
+    found = re.search(r"GLOBAL [\w.]+|Unsupported operand \d+|legacy \.tar format|TorchScript archives", str(error))
+    return UnsafeSourceError(
+        f"{path} holds more than tensors ({found[0] if found else 'no pickle of torch'}) and is not read: it could run "
+        f"code. Ask its owner for safetensors, or for a plain state dict."
+    )
 
 
 def _pickle_shard(path: Path) -> dict[str, TensorInfo]:

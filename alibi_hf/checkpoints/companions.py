@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from alibi_hf.checkpoints.carried import copy_carried, require_inside
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.conversion import Conversion
 from alibi_hf.checkpoints.shards import read_json
@@ -30,9 +31,7 @@ def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Model code, tokenizer, chat template, licence files and generation config into `folder`."""
     for path in sorted(Path(modeling_alibi.__file__).parent.glob("*_alibi.py")):
         shutil.copyfile(path, folder / path.name)
-    for relative in checkpoint.carried_files():
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.path / relative, folder / relative)
+    copy_carried(checkpoint.path, checkpoint.carried_files(), folder)
     _name_tokenizer_class(checkpoint, folder)
     write_json(folder / "generation_config.json", generation_config(checkpoint))
 
@@ -53,6 +52,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's generation config, or one made from its config.json, with `use_cache` true."""
     path = checkpoint.path / "generation_config.json"
     if path.is_file():
+        require_inside(checkpoint.path, path)
         return {**read_json(path), "use_cache": True}
     config = checkpoint.config
     found = {name: checkpoint.raw[name] for name in GENERATION_FIELDS if checkpoint.raw.get(name) is not None}

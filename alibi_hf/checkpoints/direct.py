@@ -24,6 +24,7 @@ _LOADING = threading.Lock()  # the conversions are registered by name for the wh
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 # Attributes of a config that from_pretrained takes for itself.
 _NOT_FIELDS = ("dtype", "torch_dtype", "name_or_path", "attn_implementation", "architectures", "model_type")
+ADAPTER = "adapter_config.json"
 _HEADS = (*NEW_HEADS, "classifier.")  # ours, and upstream's name for another
 
 
@@ -46,6 +47,8 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
     if raw is None or raw.get("model_type") in (None, AlibiConfig.model_type):
         return None
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    for name in ("trust_remote_code", "code_revision"):  # no code of the source is run, whatever they say
+        kwargs.pop(name, None)
     allow_pickle = kwargs.pop("use_safetensors", None) is False
     folder = _folder(source, hub, allow_pickle)
     if layer_files(folder):
@@ -53,13 +56,19 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
             f"{source} holds Megatron-DeepSpeed's layer files, which Transformers' loader cannot put together. Convert "
             f"them first (alibi-hf convert --allow-pickle) and load the result."
         )
+    if (folder / ADAPTER).exists():
+        raise CheckpointFileError(
+            f"{folder / ADAPTER}: PEFT's adapter would be put on the model in loading. Move its files to a folder of "
+            f"their own, and load it with peft.PeftModel.from_pretrained."
+        )
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
     _refuse_quantising(checkpoint, kwargs)
     _refuse_sharding(checkpoint, kwargs)
     config = _config(checkpoint, cls, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
+    kwargs["use_safetensors"] = all(shard.suffix == ".safetensors" for shard in checkpoint.shards)
     with _LOADING:
-        model, info = _load(cls, checkpoint, config, args, {**kwargs, "use_safetensors": not allow_pickle})
+        model, info = _load(cls, checkpoint, config, args, kwargs)
     _check(checkpoint, cls, config, info)
     model.config.name_or_path = str(source)
     return (model, info) if wants_info else model

@@ -137,6 +137,7 @@ def export(
     source = Converted.open(folder)
     keep_apart(source.path, out)
     source.check_tie()
+    source.carried_files()  # refused before the weights are written
     plan: Plan
     if to == "gguf":
         plan = plan_gguf(source, dtype, tokenizer, allow_nonfinite)

@@ -1,12 +1,12 @@
 """Exporting to a folder of config.json and safetensors that an upstream class loads."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alibi_hf.checkpoints.carried import copy_carried
 from alibi_hf.checkpoints.export_config import TARGETS, recorded, target_config
 from alibi_hf.checkpoints.export_source import Converted
 from alibi_hf.checkpoints.export_tensors import Item, Weights, make_items
@@ -43,9 +43,7 @@ class FolderPlan:
     def write(self, folder: Path, progress: Progress | None) -> list[dict[str, Any]]:
         """As `Plan.write`."""
         files = self._write_weights(ShardWriter(folder, self.entries, self.max_bytes), progress)
-        for relative in self.source.carried_files():
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.path / relative, folder / relative)
+        copy_carried(self.source.path, self.source.carried_files(), folder)
         write_json(folder / "config.json", self.config)
         return files
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alibi_hf.checkpoints.carried import CARRIED, carried_files
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import meta_model
 from alibi_hf.checkpoints.reading import read_tensor
 from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype, read_json
-from alibi_hf.checkpoints.source import CARRIED
 from alibi_hf.errors import ConfigFieldError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
@@ -111,9 +111,8 @@ class Converted:
         return [describe_file(path) for path in shards]
 
     def carried_files(self) -> list[Path]:
-        """Tokenizer, chat-template, licence and generation files of the folder, relative to it."""
-        found = {path for pattern in (*CARRIED, "generation_config.json") for path in self.path.glob(pattern)}
-        return sorted(path.relative_to(self.path) for path in found if path.is_file())
+        """Tokenizer, chat-template, licence and generation files of the folder, relative to it; see `carried_files`."""
+        return carried_files(self.path, (*CARRIED, "generation_config.json"))
 
 
 def _read_config(path: Path) -> AlibiConfig:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alibi_hf.checkpoints.companions import write_companions, write_config
+from alibi_hf.checkpoints.companions import generation_config, write_companions, write_config
 from alibi_hf.checkpoints.conversion import versions
 from alibi_hf.checkpoints.options import SLACK, Progress, cast, keep_apart, parse_dtype
 from alibi_hf.checkpoints.parallel import ShardJobs, default_workers
@@ -89,6 +89,7 @@ def writing(checkpoint: Checkpoint, out: Path, options: WriteOptions) -> Iterato
         AlibiError: its subclasses, about the source, the target folder, or the disk; nothing is left behind then.
     """
     keep_apart(checkpoint.path, out)
+    _ = checkpoint.carried_files(), generation_config(checkpoint)  # refused before the weights are written
     target, entries, threads = options.target, _entries(checkpoint, options.target), _workers(checkpoint, options)
     journal = _journal(checkpoint, partial_of(out), options)
     if options.resume:

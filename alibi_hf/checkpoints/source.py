@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from alibi_hf.checkpoints.carried import carried_files, tokenizer_code
 from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
@@ -26,19 +27,6 @@ from alibi_hf.families import Family, find_family
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
-# What travels with the weights besides them: tokenizer, chat template, licence.
-CARRIED = (
-    "tokenizer*",
-    "*.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "LICENSE*",
-)
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _SLOPES_EQUAL = 1e-6  # relative: what powers in float32 can be off by
 _CHECK_BLOCK = 1 << 24  # elements looked at together for NaN and Inf
@@ -138,8 +126,16 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """What a reader of a report should know about this checkpoint, one sentence each."""
-        found = (self._slopes_note(group) for group in self.groups if group.fate == "config")
-        return [note for note in found if note]
+        found = [self._slopes_note(group) for group in self.groups if group.fate == "config"]
+        return [note for note in [*found, self._tokenizer_note()] if note]
+
+    def _tokenizer_note(self) -> str:
+        """That the tokenizer needs code of the source; "" where it does not."""
+        code = tokenizer_code(self.path)
+        return code and (
+            f"tokenizer: its class is code of the source ({code}), which is neither run nor carried over; the files "
+            f"alone may cut text in another way, so compare the tokens with the source's"
+        )
 
     def _slopes_note(self, group: Group) -> str:
         """That stored slopes are rounded to 16 bits, or are others than the formula's; "" where neither is so."""
@@ -232,9 +228,8 @@ class Checkpoint:
             return list(pool.map(describe_file, self.shards))
 
     def carried_files(self) -> list[Path]:
-        """Tokenizer, chat-template and licence files of the folder, relative to it."""
-        found = {path for pattern in CARRIED for path in self.path.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.path) for path in found)
+        """Tokenizer, chat-template and licence files of the folder, relative to it; see `carried_files`."""
+        return carried_files(self.path)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

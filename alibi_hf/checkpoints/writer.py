@@ -209,6 +209,7 @@ def appearing(
     """
     out, partial = out.resolve(), partial_of(out)
     old = out.parent / f".{out.name}.replaced"
+    _refuse_links(partial, old)
     if old.exists() and not out.exists():
         old.rename(out)  # the last run was killed between the two renames of `_swap`
     _refuse(out, partial, overwrite, resume)
@@ -246,6 +247,15 @@ def _refuse(out: Path, partial: Path, overwrite: bool, resume: bool) -> None:
         how = "use --resume (resume=True) to go on, or --overwrite (overwrite=True) to start again" if kept else ""
         raise CheckpointFileError(
             f"{partial} is left from a run that was cut off; {how or 'use --overwrite (overwrite=True)'}."
+        )
+
+
+def _refuse_links(partial: Path, old: Path) -> None:
+    """What lies beside the output is removed, renamed and written to: not through a link that somebody put there."""
+    inside = partial.iterdir() if partial.is_dir() and not partial.is_symlink() else []
+    if links := [path for path in (partial, old, *inside) if path.is_symlink()]:
+        raise CheckpointFileError(
+            f"{links[0]} is a link to {os.readlink(links[0])}; no run makes one there. Remove it, and see who made it."
         )
 
 

@@ -18,6 +18,7 @@ from alibi_hf.evaluation.loading import (
     check_fit,
     load_model,
     load_tokenizer,
+    own_code,
 )
 from alibi_hf.evaluation.losses import LossReader
 from alibi_hf.evaluation.perplexity import check_lengths, evaluating
@@ -89,7 +90,8 @@ def prepare(
     if rows:  # as its config says, before anything is loaded
         check_fit(subject.given, int(tokens.ids.max()), int(rows))
     region = make_region(len(tokens), fitting, plan.stride)
-    notes = [*tokens.notes, *_text_notes(tokenizer, tokens, plan, fitting, region)]
+    ran = [f"Code of its own was run: {', '.join(own_code(subject))}."] if subject.trusted else []
+    notes = [*ran, *tokens.notes, *_text_notes(tokenizer, tokens, plan, fitting, region)]
     return Job(subject, tokens, len(tokenizer), fitting, region, notes)
 
 

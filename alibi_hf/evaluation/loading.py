@@ -7,6 +7,7 @@ is not run unless `trust_remote_code` is given, and then at a pinned commit.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from alibi_hf.checkpoints.carried import require_own_tokenizer, tokenizer_code
 from alibi_hf.checkpoints.options import parse_dtype
 from alibi_hf.checkpoints.reading import FileState
-from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.shards import load_pickle, read_json
 from alibi_hf.checkpoints.source import Checkpoint, locate
 from alibi_hf.errors import (
     AlibiError,
@@ -35,6 +37,7 @@ from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from alibi_hf.verification.memory import check_device
 from alibi_hf.verification.text import TOKENIZER_FILES
 
+logger = logging.getLogger(__name__)
 UPSTREAM = "upstream:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 READ_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py")
@@ -122,6 +125,7 @@ def load_tokenizer(subject: Subject, options: Options) -> Any:
     """
     folder = tokenizer_folder(subject, options)
     remote = subject.trusted and options.tokenizer is None
+    require_own_tokenizer(folder)
     if not remote and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointFileError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put it there, or name another folder's "
@@ -158,7 +162,7 @@ def load_model(subject: Subject, options: Options) -> Any:
     model, info = kind.from_pretrained(
         str(subject.folder),
         dtype=options.load_dtype,
-        use_safetensors=not options.allow_pickle,
+        use_safetensors=any(subject.folder.glob("*.safetensors")),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # what Transformers raises otherwise names no tensor
         **trusted,
@@ -201,8 +205,9 @@ def _find(model: str, name: str, options: Options) -> Subject:
     folder, commit = locate(bare, options.revision, options.allow_pickle)
     raw = read_json(folder / "config.json")
     subject = Subject(name, model, folder, commit, upstream=bare != model or not _is_ours(raw), raw=raw)
-    if options.trust_remote_code and (code := _own_code(subject)):
+    if options.trust_remote_code and (code := own_code(subject)):
         _check_pinned(subject, code, options)
+        logger.warning("%s: code of its own is run: %s, from %s.", model, ", ".join(code), folder)
         subject = replace(subject, trusted=True)
     if subject.upstream:
         _check_upstream(subject, options)
@@ -251,7 +256,7 @@ def _check_upstream(subject: Subject, options: Options) -> None:
 
 
 def _unreadable(subject: Subject, error: Exception) -> AlibiError:
-    if _own_code(subject) and not subject.trusted:
+    if own_code(subject) and not subject.trusted:
         return UnsafeSourceError(
             f"{subject.given} (model_type {subject.raw.get('model_type')!r}) needs code of its own, which is not run "
             "unless --trust-remote-code is given; of a Hub id at a pinned --revision."
@@ -259,11 +264,11 @@ def _unreadable(subject: Subject, error: Exception) -> AlibiError:
     return CheckpointFileError(f"the config of {subject.given} cannot be read: {in_one_line(error)}")
 
 
-def _own_code(subject: Subject) -> list[str]:
-    """Return the classes of its own that a source names, for the model and for the tokenizer."""
-    path = subject.folder / "tokenizer_config.json"
-    maps = [subject.raw.get("auto_map"), read_json(path).get("auto_map") if path.is_file() else None]
-    return [str(code) for found in maps if found for code in found.values()]
+def own_code(subject: Subject) -> list[str]:
+    """Return the classes of its own that a source names: for the model, unless it is ours, and for the tokenizer."""
+    maps = subject.raw.get("auto_map") if subject.upstream else None
+    named = [str(code) for code in (maps.values() if isinstance(maps, dict) else [maps]) if code]
+    return named + [code for code in [tokenizer_code(subject.folder)] if code]
 
 
 def _check_pinned(subject: Subject, code: Sequence[str], options: Options) -> None:
@@ -275,7 +280,7 @@ def _check_pinned(subject: Subject, code: Sequence[str], options: Options) -> No
         )
     if subject.revision is None:
         return
-    if not COMMIT.fullmatch(options.revision or ""):
+    if not COMMIT.fullmatch(options.revision or "") or options.revision != subject.revision:  # a branch of such a name
         raise UnsafeSourceError(
             f"--trust-remote-code runs code of {subject.given} only at a commit: give its 40 digits as --revision "
             f"(now {subject.revision}), not {options.revision!r}."
@@ -290,6 +295,8 @@ def _need_weights(subject: Subject, options: Options) -> None:
         return
     if any(subject.folder.glob("*.bin")):
         if options.allow_pickle:
+            for path in sorted(subject.folder.glob("pytorch_model*.bin")):
+                load_pickle(path, device="meta")  # names what is in it besides tensors
             return
         raise UnsafeSourceError(
             f"{subject.given} has its weights in pickles only; --allow-pickle (allow_pickle=True) reads them, with "
@@ -307,5 +314,6 @@ __all__ = [
     "find_subjects",
     "load_model",
     "load_tokenizer",
+    "own_code",
     "tokenizer_folder",
 ]

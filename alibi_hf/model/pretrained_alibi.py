@@ -53,6 +53,8 @@ class AlibiPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a folder or Hub id in this model's layout; with `alibi_hf` installed, in an upstream layout too.
 
+        Of safetensors, unless `use_safetensors=False` asks for pickles.
+
         Raises:
             ValueError: where a tensor outside a new head is missing: it would be random.
         """
@@ -61,6 +63,8 @@ class AlibiPreTrainedModel(PreTrainedModel):
             if model is not None:
                 return model
         wants_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("use_safetensors") is None and kwargs.get("gguf_file") is None:
+            kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         saved = cls.__name__ in (model.config.architectures or [])  # the folder holds this very head
         trained = [name for name in info["missing_keys"] if saved or not name.startswith(NEW_HEADS)]
@@ -111,8 +115,8 @@ class AlibiPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
     ) -> str:
-        """Keep Transformers from importing or downloading flash attention: what runs is decided above."""
-        if is_flash(attn_implementation):
+        """Keep Transformers from importing or downloading an attention kernel: what runs is decided above."""
+        if is_flash(attn_implementation) or "/" in (attn_implementation or ""):
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check, *args, **kwargs)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from alibi_hf.checkpoints.carried import require_own_tokenizer
+
 SEED = 1108
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -46,9 +48,10 @@ def make_tokens(folder: str | os.PathLike, vocab_size: int, text: str | None = N
     from transformers import AutoTokenizer
 
     try:
+        require_own_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = torch.tensor(tokenizer(text or default_text(), add_special_tokens=False, verbose=False)["input_ids"])
-    except (ValueError, OSError, ImportError, KeyError) as error:  # one that needs remote code or a missing library
+    except Exception as error:  # one that needs remote code or a missing library, or is damaged: many kinds
         return Tokens(random, f"random ids, seed {SEED} (the tokenizer cannot be loaded: {type(error).__name__})")
     if len(ids) == 0 or int(ids.max()) >= vocab_size:
         return Tokens(random, f"random ids, seed {SEED} (the tokenizer gives ids outside the {vocab_size} rows)")

@@ -37,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # (index file, single file) of each format, in the order Transformers looks for them.
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+_LONGEST_NAME = 255  # characters, of a file on the usual disks
 MAX_HEADER = 100_000_000  # bytes, as safetensors itself limits it
 
 
@@ -137,8 +138,8 @@ def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) ->
         raise CheckpointFileError(f"{entry} has no weight_map of tensor names to file names.")
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(mapping.values())):
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointFileError(f"{entry} names the file {file!r}; only files beside the index are read.")
+        if Path(file).name != file or "\\" in file or file in ("", ".", "..") or len(file) > _LONGEST_NAME:
+            raise CheckpointFileError(f"{entry} names the file {file!r:.300}; only files beside the index are read.")
         held = read(folder / file)
         if doubled := sorted(held.keys() & tensors.keys()):
             raise CheckpointFileError(f"{file} and {tensors[doubled[0]].shard.name} both hold {doubled[0]}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import alibi_hf
-from tests.builders import mpt, tokenizer
+from tests.builders import bloom, tokenizer
 from tests.scratch import scratch_folder
 
 
@@ -27,7 +27,7 @@ class Folders:
 def make_folders() -> Folders:
     """Return the folders, made anew."""
     root = scratch_folder("security-")
-    source = tokenizer(mpt(root / "source", heads=4))
+    source = tokenizer(bloom(root / "source", heads=4, raw={"seq_length": 64}))
     alibi_hf.convert(source, root / "converted", verify=False)
     text = root / "text.txt"
     text.write_text("The state of the union is tokens. " * 20, encoding="utf-8")

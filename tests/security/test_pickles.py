@@ -131,7 +131,7 @@ def test_beside_safetensors_it_is_not_even_opened(folders: Folders, tmp_path: Pa
         assert all(torch.equal(state[name], value) for name, value in expected.items())
         assert all(check.passed for check in found["verify"].checks)
         assert not {path.name for path in (tmp_path / "out").iterdir()} & set(BESIDE)
-    alibi_hf.export(tmp_path / "out", tmp_path / "back", "mpt")
+    alibi_hf.export(tmp_path / "out", tmp_path / "back", "bloom")
     assert not marker.exists()
 
 
@@ -154,13 +154,13 @@ def test_in_a_folder_of_our_own_layout(folders: Folders, tmp_path: Path, marker:
     for name in BESIDE:
         PAYLOADS["open"](folder / name, marker)
     verify(folders.source, folder)
-    alibi_hf.export(folder, tmp_path / "back", "mpt")
+    alibi_hf.export(folder, tmp_path / "back", "bloom")
     for allow in (False, True):
         alibi_hf.evaluate(folder, folders.text, [16], allow_pickle=allow)
     (folder / WEIGHTS).unlink()
     for call in (
         lambda: verify(folders.source, folder),
-        lambda: alibi_hf.export(folder, tmp_path / "again", "mpt"),
+        lambda: alibi_hf.export(folder, tmp_path / "again", "bloom"),
         lambda: alibi_hf.evaluate(folder, folders.text, [16]),
         lambda: alibi_hf.evaluate(folder, folders.text, [16], allow_pickle=True),
         lambda: alibi_hf.reach(folder, folders.text, lengths=[16], allow_pickle=True),

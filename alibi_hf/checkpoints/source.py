@@ -22,7 +22,7 @@ from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_cl
 from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
 from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, load_pickle, main_dtype, read_json
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError, redact
 from alibi_hf.families import Family, find_family
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -286,6 +286,8 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
     name = str(path_or_id)
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointFileError(f"{name} is not a folder; give a model folder or a Hub id such as owner/name.")
+    if redact(said := f"{name} at revision {revision}") != said:
+        raise CheckpointFileError(f"{said} holds an access token: it is not sent. Set HF_TOKEN, and give the id alone.")
     from huggingface_hub import snapshot_download
 
     patterns = PATTERNS + (["*.bin", PATTERN] if allow_pickle else [])

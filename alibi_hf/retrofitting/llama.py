@@ -164,6 +164,6 @@ def build(raw: dict[str, Any], dtype: torch.dtype) -> nn.Module:
 
     source = source_config(raw)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source).to(dtype).eval()
+        model = AutoModelForCausalLM.from_config(source, trust_remote_code=False).to(dtype).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(source)
     return model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_hf.checkpoints.source import Checkpoint
+from alibi_hf.checkpoints.source_card import read_source_card
 from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.errors import redact
 from alibi_hf.families._fields import defaults_used
@@ -25,7 +26,8 @@ class Conversion:
 
     Attributes:
         output_path: the folder that was written.
-        source: path_or_id, revision, family and files (name, sha256, bytes).
+        source: path_or_id, revision, family, files (name, sha256, bytes), and what its card says of licence, language
+            and data.
         output: files (name, sha256, bytes) of the weights.
         tensors: source, target names, rule, fate and reason of every tensor.
         config: upstream's config ("from"), ours ("to") and the defaults that upstream's code fills in ("defaults").
@@ -85,6 +87,7 @@ def record(
             "revision": checkpoint.revision,
             "family": checkpoint.family_name,
             "files": checkpoint.sha256(workers),
+            "card": read_source_card(checkpoint.path),
         },
         output={"files": files},
         tensors=fates(checkpoint),

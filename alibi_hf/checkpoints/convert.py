@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from alibi_hf.checkpoints.companions import write_card
 from alibi_hf.checkpoints.conversion import Conversion, record
 from alibi_hf.checkpoints.options import Progress
 from alibi_hf.checkpoints.output import WriteOptions, writing
@@ -63,11 +62,11 @@ def convert(
         _check_device(device)  # before anything is written
     with writing(checkpoint, out, write_options) as made:
         conversion = record(checkpoint, out, made.files, command, made.threads)
-        write_card(checkpoint, conversion, made.folder)
         conversion.save(made.folder)
+        _write_card(made.folder)
     if verify:
         options = {"revision": revision, "allow_pickle": allow_pickle, "device": device, "progress": progress}
-        _verify(checkpoint, conversion, source, layerwise, options)
+        _verify(conversion, source, layerwise, options)
     return conversion
 
 
@@ -77,9 +76,13 @@ def _check_device(device: str) -> None:
     check_device(device)
 
 
-def _verify(
-    checkpoint: Checkpoint, conversion: Conversion, source: str | Path, layerwise: bool, options: dict[str, Any]
-) -> None:
+def _write_card(folder: Path) -> None:
+    from alibi_hf.hub.card import write_card  # cards tell of verifications
+
+    write_card(folder)
+
+
+def _verify(conversion: Conversion, source: str | Path, layerwise: bool, options: dict[str, Any]) -> None:
     from alibi_hf.verification import LAYERWISE, PARTS, verify
 
     out = conversion.output_path
@@ -88,7 +91,7 @@ def _verify(
     conversion.verification = result
     conversion.verified = bool(result.proved)
     conversion.save(out)
-    write_card(checkpoint, conversion, out)
+    _write_card(out)
 
 
 __all__ = ["convert"]

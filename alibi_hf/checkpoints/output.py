@@ -1,6 +1,6 @@
 """A folder in this package's layout, written tensor by tensor: what `convert` and `retrofit` share.
 
-Every thread holds one source tensor at a time. The folder appears by one rename, index and config last; an error leaves
+Every thread holds one source tensor at a time. The folder appears by one rename; an error leaves
 nothing, a kill what `resume` can go on from.
 """
 
@@ -68,7 +68,7 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """The working folder with weights, code, tokenizer and generation config in it; config.json follows.
+    """The working folder with weights, code, tokenizer and configs in it.
 
     Attributes:
         folder: the working folder, which becomes the output.
@@ -83,7 +83,7 @@ class Written:
 
 @contextmanager
 def writing(checkpoint: Checkpoint, out: Path, options: WriteOptions) -> Iterator[Written]:
-    """Write everything but the record and the card, which the block adds; config.json and the rename follow it.
+    """Write everything but the record and the card, which the block adds; the rename follows it.
 
     Raises:
         AlibiError: its subclasses, about the source, the target folder, or the disk; nothing is left behind then.
@@ -104,9 +104,9 @@ def writing(checkpoint: Checkpoint, out: Path, options: WriteOptions) -> Iterato
         files = jobs.run(threads)
         write_index(folder, jobs.shards)
         write_companions(checkpoint, folder)
+        write_config(checkpoint, folder, str(target or checkpoint.dtype).removeprefix("torch."))
         yield Written(folder, files, threads)
         journal.require_same_source(checkpoint.path)
-        write_config(checkpoint, folder, str(target or checkpoint.dtype).removeprefix("torch."))
 
 
 def _entries(checkpoint: Checkpoint, target: torch.dtype | None) -> list[Entry]:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 import alibi_hf
-from alibi_hf.checkpoints.companions import mark_verified
 from alibi_hf.checkpoints.export import TARGETS
 from alibi_hf.cli.options import (
     AllowNonfinite,
@@ -30,6 +29,7 @@ from alibi_hf.cli.options import (
 )
 from alibi_hf.cli.running import app, errors, progress_bar, show
 from alibi_hf.errors import NotProvedError
+from alibi_hf.hub.card import mark_verified
 from alibi_hf.verification.report import PARTS, is_enough
 
 

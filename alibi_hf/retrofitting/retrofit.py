@@ -6,17 +6,17 @@ from typing import Any, cast
 
 import torch
 
-from alibi_hf.checkpoints.companions import save_card
 from alibi_hf.checkpoints.conversion import record
 from alibi_hf.checkpoints.options import Progress
 from alibi_hf.checkpoints.output import WriteOptions, Written, writing
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, UnknownFamilyError
 from alibi_hf.families import find_family
+from alibi_hf.hub.card import write_card
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.retrofitting import gpt2, llama, mistral
 from alibi_hf.retrofitting.layout import Layout
-from alibi_hf.retrofitting.report import FILE, STATEMENT, Retrofit
+from alibi_hf.retrofitting.report import STATEMENT, Retrofit
 from alibi_hf.retrofitting.weights import WeightCheck, check_weights, why_not
 
 LAYOUTS = cast(tuple[Layout, ...], (gpt2, llama, mistral))
@@ -85,8 +85,8 @@ def retrofit(
         if not checks:
             notes.append(f"the weights were not checked: {unchecked or 'the logits of the source are not finite'}")
         report = _report(checkpoint, out, made, checks, notes, command)
-        save_card(checkpoint, made.folder, "retrofitted with ALiBi", f"**{report.statement}**", FILE)
         report.save(made.folder)
+        write_card(made.folder)
     return report
 
 

@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both need Python >= 3.10, make and a C++ compiler (for torch.compile),
 # and make .venv when it is missing. Others: `make check`, `make format`, `make test-oldest`, `make test-llamacpp`
-# (compiles llama.cpp), `make clean`.
+# (compiles llama.cpp), `make cards`, `make clean`.
 # Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x".
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 
 OLDEST = $(VENV)-oldest
 
-.PHONY: help demo test test-oldest test-llamacpp check format clean
+.PHONY: help demo test test-oldest test-llamacpp check format cards clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -37,6 +37,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# model_cards/: the cards of the shipped and of published checkpoints.
+cards: $(VENV)/.base
+	$(VENV)/bin/python -m model_cards
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache

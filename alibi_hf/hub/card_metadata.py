@@ -104,4 +104,4 @@ def _results(facts: CardFacts, repo_id: str | None, commit: str | None) -> list[
     ]
 
 
-__all__ = ["metadata"]
+__all__ = ["HUB", "metadata"]

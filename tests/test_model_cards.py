@@ -82,7 +82,7 @@ def test_metadata_passes_and_licences_are_those_of_the_hub(made):
 
 
 def test_commands_name_real_verbs_and_options(made):
-    verbs = {command.callback.__name__ for command in app.registered_commands}
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     for text in made.values():
         for verb, arguments in COMMAND.findall(text):
             assert verb in verbs

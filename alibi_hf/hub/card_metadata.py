@@ -22,7 +22,7 @@ TOOL = "alibi-hf evaluate"
 # The licence identifiers of the Hub (hub-docs, "Licenses"). What is none of them is `other`, with its name.
 LICENCES = frozenset(Path(__file__).with_name("licences.txt").read_text(encoding="utf-8").split())
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639, and two words that the Hub has
-_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def metadata(facts: CardFacts, repo_id: str | None, commit: str | None) -> ModelCardData:
@@ -33,7 +33,8 @@ def metadata(facts: CardFacts, repo_id: str | None, commit: str | None) -> Model
         repo_id: where it is on the Hub, if it is; results name it as their source.
         commit: the commit to pin, if there is one.
     """
-    said = facts.source.get("card", {})
+    said, results = facts.source.get("card", {}), _results(facts, repo_id, commit)
+    name = repo_id.split("/")[-1] if repo_id else facts.source_name or "model"
     return ModelCardData(
         **_licence(facts, said),
         language=_words(said.get("language"), _LANGUAGE),
@@ -42,9 +43,9 @@ def metadata(facts: CardFacts, repo_id: str | None, commit: str | None) -> Model
         library_name=LIBRARY,
         pipeline_tag=facts.task,
         tags=["alibi", *([facts.family] if facts.family else [])],
-        model_name=repo_id.split("/")[-1] if repo_id else facts.source_name or "model",
-        eval_results=_results(facts, repo_id, commit) or None,
-        metrics=["perplexity"] if facts.reading else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        metrics=["perplexity"] if results else None,
     )
 
 

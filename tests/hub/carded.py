@@ -8,7 +8,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from alibi_hf import convert
+from alibi_hf import Evaluation, convert
+from alibi_hf.compact import compact_json
 from alibi_hf.verification.report import Check, Control, Verification
 from tests import builders
 from tests.scratch import scratch_folder
@@ -42,7 +43,7 @@ def prove(folder: Path, proved: bool = True) -> None:
     checks = [
         Check("tensors", "float32", 0, 0.0, None, 0.0, True, metric="differ"),
         *(Check("layer", "float32", 40, 1e-6 * (layer + 1), 1e-5, 2e-5, True, layer=layer) for layer in range(3)),
-        Check("logits", "float32", 40, 1.25e-5, 2.5e-5, 5e-5, proved),
+        Check("logits", "float32", 40, 1.2e-5, 2.5e-5, 5e-5, proved),
         Check("upstream | as it stands", "float64", 40, None, 4.9e-6, None, True),
     ]
     report = Verification(
@@ -55,7 +56,13 @@ def prove(folder: Path, proved: bool = True) -> None:
         negative_controls=[Control("slope of one head times 1.05", "logits", 0.4, 5e-5, True)],
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
     )
-    report.save(folder)
+    (folder / "verification.json").write_text(compact_json(report.to_dict()))  # without the page, which takes seconds
+
+
+def measure(folder: Path, report: Evaluation) -> None:
+    """An evaluation as it is written, with a picture by name alone."""
+    (folder / "evaluation.json").write_text(compact_json(report.to_dict()))
+    (folder / "evaluation.png").touch()
 
 
 def blocks(card: str) -> list[str]:

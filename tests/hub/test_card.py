@@ -10,13 +10,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from tests.hub.server import LoopbackHub
 
 from alibi_hf import AlibiError, CheckpointFileError, ConfigFieldError
 from alibi_hf.checkpoints.shards import sha256_of
 from alibi_hf.hub import mark_verified, write_card
 from tests.evaluation.evaluations import evaluation, model
-from tests.hub.carded import COMMIT, body, change, converted, prove, tokens
+from tests.hub.carded import COMMIT, body, change, converted, measure, prove, tokens
+from tests.hub.server import LoopbackHub
 
 CARD = "README.md"
 
@@ -40,11 +40,7 @@ def weights(folder: Path, change_by: float = 0.5) -> None:
 def test_convert_writes_it(folder):
     text = (folder / CARD).read_text()
     data = yaml.safe_load(text.split("---\n")[1])
-    assert data == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["alibi", "bloom"],
-    } | {key: value for key, value in data.items() if key == "model_name"}
+    assert data == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["alibi", "bloom"]}
     assert ModelCard(text).data.to_dict() == data
     lines = [line for line in body(text).splitlines() if line and not line.startswith("<!--")]
     assert lines[0] == "# tiny-bloom, converted to `alibi`" and lines[1].startswith("**Not verified**: no verification")
@@ -229,14 +225,16 @@ def test_text_from_outside_is_shown_and_does_nothing(folder):
     (folder / "verification.json").write_text(json.dumps(verification))
     report = evaluation(model("m", [26.8, 26.5], parameters=_parameters(folder)))
     report.text[0]["name"] = evil
-    report.save(folder)
+    measure(folder, report)
     text = card_of(folder)
     found = tokens(body(text))
-    tables = {"table_open", "thead_open", "tr_open", "th_open", "td_open", "tbody_open", "image"}
-    tables |= {kind.replace("open", "close") for kind in tables}
-    assert {kind for kind, _ in found} - plain_tokens <= tables
+    new = {"table_open", "thead_open", "tr_open", "th_open", "td_open", "tbody_open", "em_open"}
+    new |= {kind.replace("open", "close") for kind in new} | {"image", "softbreak", "inline"}
+    assert {kind for kind, _ in found} - plain_tokens <= new
+    assert sum(kind == "em_open" for kind, _ in found) == 2  # those of the legend: *ours* and *upstream*
+    assert not any(kind == "link_open" for kind, _ in found)
     assert not any("bad" in content for kind, content in found if kind == "image")
-    assert sum(kind == "heading_open" for kind, _ in found) == 12
+    assert sum(kind == "heading_open" for kind, _ in found) == 9
     assert "license" not in ModelCard(text).data.to_dict() or ModelCard(text).data.license is None
     assert "/home/me" not in text
     assert card_of(folder, repo_id="me/tiny") != text  # it is still a generated card, not taken for an edited one
@@ -248,10 +246,11 @@ def _parameters(folder: Path) -> int:
 
 def test_the_hub_takes_it(folder, monkeypatch):
     change(folder / "conversion.json", verified=True)
-    evaluation(model("m", [26.8, None, 26.6], parameters=_parameters(folder))).save(folder)
+    measure(folder, evaluation(model("m", [26.8, None, 26.6], parameters=_parameters(folder))))
     text = card_of(folder, repo_id="me/tiny", commit=COMMIT)
     with LoopbackHub() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
         ModelCard(text).validate()
         with pytest.raises(ValueError, match="license"):
             ModelCard(text.replace("library_name:", "license: my-own\nlibrary_name:", 1)).validate()

@@ -11,7 +11,7 @@ from alibi_hf.checkpoints.source_card import read_source_card
 from alibi_hf.hub import write_card
 from tests.builders import bloom
 from tests.evaluation.evaluations import evaluation, model
-from tests.hub.carded import COMMIT, change, converted
+from tests.hub.carded import COMMIT, change, converted, measure
 
 
 @pytest.fixture
@@ -144,11 +144,12 @@ def test_the_task_is_that_of_the_head(architecture, task, folder):
 
 def test_perplexities_become_results_that_say_what_was_measured(folder):
     size = _size(folder)
-    evaluation(
+    models = [
         model("ours", [26.8, None, 26.6], [31.0, 29.0, 28.0], parameters=size),
         model("upstream", [27.8, None, None], model_class="BloomForCausalLM", parameters=size),
         model("another size", [9.0, 9.0, 9.0], parameters=size + 1),
-    ).save(folder)
+    ]
+    measure(folder, evaluation(*models))
     card = ModelCard(write_card(folder, repo_id="me/tiny", commit=COMMIT).read_text())
     results = card.data.eval_results
     found = {(result.dataset_config, result.metric_args["length"]): result.metric_value for result in results}
@@ -170,9 +171,9 @@ def test_perplexities_become_results_that_say_what_was_measured(folder):
 
 def test_of_two_models_like_this_one_neither_is_taken(folder):
     size = _size(folder)
-    evaluation(model("a", [26.8], parameters=size), model("b", [27.0], parameters=size)).save(folder)
+    measure(folder, evaluation(model("a", [26.8], parameters=size), model("b", [27.0], parameters=size)))
     assert "model-index" not in data_of(folder)
-    evaluation(model("a", [26.8], parameters=size), model("folder", [27.0], parameters=size)).save(folder)
+    measure(folder, evaluation(model("a", [26.8], parameters=size), model("folder", [27.0], parameters=size)))
     assert data_of(folder)["model-index"][0]["results"][0]["metrics"][0]["value"] == 27.0
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.errors import UnsafeSourceError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_hf.checkpoints.carried import copy_carried, require_inside
-from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.families._fields import GENERATION_FIELDS

@@ -4,6 +4,7 @@ The family's rules become Transformers' own weight conversions, registered for a
 `device_map`, `dtype`, shards and offload work as they do for any model. Saving afterwards writes our own layout.
 """
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.distributed import DistributedConfig
 
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import layer_files
 from alibi_hf.checkpoints.rules import Copy
-from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, with_fields
+from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS
+from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, map_config, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.families import find_family
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -62,6 +65,7 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
             f"their own, and load it with peft.PeftModel.from_pretrained."
         )
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
+    _need_metadata(folder)
     _refuse_quantising(checkpoint, kwargs)
     _refuse_sharding(checkpoint, kwargs)
     config = _config(checkpoint, cls, kwargs)
@@ -81,10 +85,13 @@ def install() -> None:
 
 
 def _read_foreign(raw: dict[str, Any]) -> dict[str, Any]:
-    return find_family(raw).config(raw).to_dict()
+    return map_config(find_family, raw, (), "config.json")[1].to_dict()
 
 
 def _raw_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    local = Path(source).expanduser() / (kwargs.get("subfolder") or "") / "config.json"
+    if os.path.lexists(local):
+        return read_json(local)
     hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
     try:
         return PreTrainedConfig.get_config_dict(source, **hub)[0] or None
@@ -107,6 +114,16 @@ def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
                 f"{source} could not be fetched from the Hub: {error}. Without network, give a local folder."
             ) from error
     return folder / subfolder
+
+
+def _need_metadata(folder: Path) -> None:
+    """Transformers' loader writes into the index's metadata; `CheckpointFileError` where there is none."""
+    for index in (folder / SAFETENSORS[0], folder / PICKLES[0]):
+        if index.is_file() and not isinstance(read_json(index).get("metadata"), dict):
+            raise CheckpointFileError(
+                f'{index} has no metadata, without which Transformers does not load it. Put "metadata": {{}} beside '
+                f"its weight_map."
+            )
 
 
 def _refuse_quantising(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from alibi_hf.checkpoints.carried import CARRIED, carried_files
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.plan import meta_model
 from alibi_hf.checkpoints.reading import read_tensor
-from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype, read_json
+from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype
 from alibi_hf.errors import ConfigFieldError, TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 

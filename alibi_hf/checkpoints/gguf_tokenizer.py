@@ -9,11 +9,12 @@ Sources: llama.cpp, `src/llama-vocab.cpp` (`llm_tokenizer_bpe`); the tokenizers 
 from pathlib import Path
 from typing import Any
 
-from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.errors import CheckpointFileError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 FILE = "tokenizer.json"
+_MAX_BYTES = 128 << 20  # of it; vocabularies of 250,000 tokens take 35 MB
 # BLOOM's regular expression: its own file has a bracket in a bracket, which means the same.
 _BLOOM = (" ?[^(\\s|[.,!?…。\uff0c、।\u06d4،])]+", " ?[^(\\s|.,!?…。\uff0c、।\u06d4،)]+")
 _INSTEAD = "Without a tokenizer (--no-tokenizer, tokenizer=False) the file takes token ids only."
@@ -51,7 +52,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
     """tokenizer.json, checked; `CheckpointFileError` as `add_tokenizer`."""
     if not (folder / FILE).is_file():
         raise CheckpointFileError(f"{folder} has a tokenizer, but no {FILE}, the one kind that is written. {_INSTEAD}")
-    spec = read_json(folder / FILE)
+    spec = read_json(folder / FILE, _MAX_BYTES)
     model, normalizer = spec.get("model") or {}, spec.get("normalizer")
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise CheckpointFileError(

@@ -9,6 +9,7 @@
 Source: Transformers before 5, `models/bloom/convert_bloom_original_checkpoint_to_pytorch.py`.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS, TensorInfo, load_p
 from alibi_hf.errors import CheckpointFileError
 
 PATTERN = "layer_*-model_*-model_states.pt"
-_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt", re.ASCII)
 _FIRST_LAYER = 3  # the number in the name of the first layer's files
 _NAMES = {
     "word_embeddings.weight": "word_embeddings.weight",
@@ -79,12 +80,15 @@ def _mean(copies: list[Tensor]) -> Tensor:
 
 def layer_files(folder: Path) -> dict[int, dict[int, Path]]:
     """The files by layer number and rank; empty where there are none, or weights in a usual format as well."""
-    if any((folder / name).is_file() for name in (*SAFETENSORS, *PICKLES)):
+    if any(os.path.lexists(folder / name) for name in (*SAFETENSORS, *PICKLES)):
         return {}
     found: dict[int, dict[int, Path]] = {}
     for path in sorted(folder.glob(PATTERN)):
         if named := _FILE.fullmatch(path.name):
-            found.setdefault(int(named[1]), {})[int(named[2])] = path
+            ranks = found.setdefault(int(named[1]), {})
+            if other := ranks.get(int(named[2])):
+                raise CheckpointFileError(f"{other} and {path.name} are one layer and rank; remove the stale one.")
+            ranks[int(named[2])] = path
     return found
 
 
@@ -100,9 +104,10 @@ def list_layer_files(folder: Path, allow_pickle: bool = False) -> dict[str, Tens
     ranks = max(max(parts) for parts in files.values()) + 1
     tensors: dict[str, TensorInfo] = {}
     for number, parts in sorted(files.items()):
-        if missing := sorted(set(range(ranks)) - set(parts)):
+        if len(parts) < ranks:
+            missing = next(rank for rank in range(ranks) if rank not in parts)
             raise CheckpointFileError(
-                f"{folder} lacks layer_{number:02d}-model_{missing[0]:02d}-model_states.pt; other layers have {ranks} "
+                f"{folder} lacks layer_{number:02d}-model_{missing:02d}-model_states.pt; other layers have {ranks} "
                 f"ranks. Download it."
             )
         for info in _layer(number, [parts[rank] for rank in range(ranks)]):

@@ -15,6 +15,7 @@ from alibi_hf.errors import TensorError
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
 _SHOWN = 5
+_WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def _missing(rules: list[Rule], by_rule: Mapping[tuple[int, int], list[str]], la
 def _refuse(names: list[str], what: str) -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise TensorError(f"tensors that {what}: {', '.join(names[:_SHOWN])}{more}.")
+        shown = ", ".join(f"{name:.200}" for name in names[:_SHOWN])
+        raise TensorError(f"tensors that {what}: {shown}{more}.")
 
 
 # The class whose head a checkpoint holds, by the target that only this head has.
@@ -163,7 +165,7 @@ def check_dtypes(groups: Iterable[Group], dtypes: Mapping[str, torch.dtype]) -> 
         dtypes: dtype of each source tensor, by its name in the file.
     """
     for group in groups:
-        if group.fate != "dropped" and not dtypes[group.source].is_floating_point:
+        if group.fate != "dropped" and dtypes[group.source] not in _WEIGHTS:
             stored = str(dtypes[group.source]).removeprefix("torch.")
             raise TensorError(
                 f"{group.source} is stored as {stored}; a weight is float64, float32, bfloat16 or float16. Use the "

@@ -11,8 +11,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.reading import FileState, require_same
-from alibi_hf.checkpoints.shards import read_json, sha256_of
+from alibi_hf.checkpoints.shards import sha256_of
 from alibi_hf.checkpoints.writer import JOURNAL
 from alibi_hf.errors import CheckpointFileError
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from alibi_hf.errors import TensorError
 
 Fate = Literal["used", "tied", "dropped", "config"]
+_LAYER = "(0|[1-9][0-9]{0,5})"  # a layer has one name: neither 00 nor a digit of another script
 _FOLDED_ROWS = 4096  # rows of a fold that are in float64 at a time
 BASE_PREFIX = "model."  # base_model_prefix of the Alibi classes: heads have it, AlibiModel itself does not
 
@@ -176,11 +177,11 @@ class Rule:
     def source_regex(self) -> str:
         """The regular expression of the full source name; its one group, if any, is the layer."""
         optional = "".join(f"(?:{re.escape(start)})?" for start in (self.wrapper, self.prefix) if start)
-        return f"^{optional}" + re.escape(self.source).replace(r"\{i\}", r"(\d+)") + "$"
+        return f"^{optional}" + re.escape(self.source).replace(r"\{i\}", _LAYER) + "$"
 
     def match(self, name: str) -> int | None:
         """The layer of `name` (0 for a rule without layers), or None if `name` is not this rule's source."""
-        found = self._regex.match(name)
+        found = self._regex.fullmatch(name)  # "$" alone would let a line break follow
         if found is None:
             return None
         return int(found.group(1)) if self.per_layer else 0

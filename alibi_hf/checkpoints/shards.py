@@ -5,9 +5,10 @@
 """
 
 import hashlib
-import json
+import os
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from alibi_hf.checkpoints.json_files import MAX_JSON, parse_json, read_json
 from alibi_hf.errors import CheckpointFileError, UnsafeSourceError
 
 # safetensors' dtype names, from its format description.
@@ -38,7 +40,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 _LONGEST_NAME = 255  # characters, of a file on the usual disks
-MAX_HEADER = 100_000_000  # bytes, as safetensors itself limits it
+MAX_HEADER = MAX_JSON  # bytes: some 130,000 tensors in one file, where safetensors itself allows six times that
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -69,28 +72,6 @@ class TensorInfo:
     def assemble(self, held: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """The tensor from the content of its `files`, in their order."""
         return held[0][self.name]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `CheckpointFileError` if it is missing or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError as error:
-        raise CheckpointFileError(f"{path} does not exist; give a folder with {path.name} in it.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFileError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a JSON object; `ValueError` for a name that is there twice, of which json would keep the last."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
 
 
 def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -125,9 +106,9 @@ def require_pickle_allowed(folder: Path, file: Path, allow_pickle: bool) -> None
 
 def _find(folder: Path, names: tuple[str, str]) -> tuple[Path, dict[str, Any] | None] | None:
     index, single = folder / names[0], folder / names[1]
-    if single.is_file():
+    if os.path.lexists(single):
         return single, None
-    if index.is_file():
+    if os.path.lexists(index):
         return index, read_json(index)
     return None
 
@@ -162,8 +143,6 @@ def safetensors_shard(path: Path) -> dict[str, TensorInfo]:
     header, start = _safetensors_header(path)
     tensors, end = {}, 0
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         _check_entry(path, name, entry)
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
@@ -202,30 +181,59 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     whole = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
     for key in ("shape", "data_offsets"):
         numbers = entry.get(key) if whole else None
-        whole = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
-    if not whole or len(entry["data_offsets"]) != 2:
-        raise CheckpointFileError(f"{path}: the header's entry of {name} is {entry!r:.200}, which describes no tensor.")
+        whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+    if not whole or len(entry["data_offsets"]) != 2 or len(entry["shape"]) > _MAX_DIMENSIONS:
+        raise CheckpointFileError(
+            f"{path}: the header's entry of {name:.200} is {entry!r:.200}, which describes no tensor of a model (a "
+            f"dtype, at most {_MAX_DIMENSIONS} dimensions, two data_offsets); the file is damaged, or no checkpoint."
+        )
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    if not path.is_file():
-        raise CheckpointFileError(f"the shard {path} is missing; download it again.")
+    """The header's entries by tensor name, and the first byte after it."""
+    _require_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER + 1
-        if length > min(MAX_HEADER, size - 8):
-            raise CheckpointFileError(f"{path} ({size} bytes) has no whole safetensors header: truncated or damaged.")
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise CheckpointFileError(
+                f"{path} ({size} bytes) has no whole safetensors header, which would take {length} bytes after the "
+                f"first 8: truncated or damaged; download it again."
+            )
+        if length > MAX_HEADER:
+            raise CheckpointFileError(
+                f"{path} has a header of {length} bytes, and at most {MAX_HEADER} are read: no checkpoint holds that "
+                f"many tensors. Split the file if this one does."
+            )
         try:
-            return json.loads(file.read(length), object_pairs_hook=_once), 8 + length
+            return _header_entries(file.read(length)), 8 + length
         except ValueError as error:
             raise CheckpointFileError(f"{path} has a damaged safetensors header: {error}.") from error
 
 
+def _header_entries(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise ValueError(f"it begins with {text[:8]!r}, not with an opening brace")
+    header = parse_json(text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"its __metadata__ is {metadata!r:.200}, which is no mapping of texts to texts")
+    return header
+
+
+def _require_file(path: Path) -> None:
+    """`CheckpointFileError` where there is nothing, or a folder, a pipe or a device, which could be read for ever."""
+    if not os.path.lexists(path):
+        raise CheckpointFileError(f"the shard {path} is missing; download it again.")
+    if not os.path.isfile(path):
+        raise CheckpointFileError(f"the shard {path} is no file, or a link to none; download it again.")
+
+
 def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The tensors of one pickle, memory-mapped where its format allows, with `weights_only=True`."""
-    if not path.is_file():
-        raise CheckpointFileError(f"the shard {path} is missing; download it again.")
+    _require_file(path)
+    _refuse_compressed(path)
     for mmap in (True, False):
         try:
             held = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
@@ -240,9 +248,38 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         except Exception as error:  # torch raises whatever the unpickler meets
             reason = f"{type(error).__name__} {error}".strip()
             raise CheckpointFileError(f"{path} cannot be read ({reason}): truncated or damaged.") from error
-    if not isinstance(held, dict):
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
         raise CheckpointFileError(f"{path} holds a {type(held).__name__}, not a state dict.")
-    return {name: value.detach() for name, value in held.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value.detach() for name, value in held.items() if isinstance(value, torch.Tensor)}
+    for name, tensor in tensors.items():
+        _require_stored(path, name, tensor)
+    return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """PyTorch stores a pickle's parts as they are; compressed ones could unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointFileError(f"{path} cannot be read ({error}): truncated or damaged.") from error
+    if packed:
+        raise UnsafeSourceError(
+            f"{path} is compressed: {packed[0].filename} has {packed[0].compress_size} bytes and claims to unpack to "
+            f"{packed[0].file_size}. torch.save stores its parts as they are; save it again with it."
+        )
+
+
+def _require_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """`CheckpointFileError` for a tensor that is not simply there: sparse, quantised, or larger than its file."""
+    size, held = path.stat().st_size, tensor.numel() * tensor.element_size()
+    if tensor.layout != torch.strided or tensor.is_quantized or held > size:
+        raise CheckpointFileError(
+            f"{path} ({size} bytes) holds {name} of shape {list(tensor.shape)} in {tensor.dtype}, layout "
+            f"{tensor.layout}: {held} bytes when read. Save it as a plain tensor."
+        )
 
 
 def _more_than_tensors(path: Path, error: Exception) -> UnsafeSourceError:
@@ -290,6 +327,8 @@ __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "MAX_HEADER",
+    "PICKLES",
+    "SAFETENSORS",
     "TensorInfo",
     "describe_file",
     "list_tensors",

@@ -17,12 +17,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from alibi_hf.checkpoints.carried import carried_files, tokenizer_code
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
 from alibi_hf.checkpoints.reading import FileState, read_tensor, require_same
 from alibi_hf.checkpoints.rules import Rule
-from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, load_pickle, main_dtype, read_json
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError, redact
+from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, load_pickle, main_dtype
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError, in_one_line, redact
 from alibi_hf.families import Family, find_family
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -87,13 +88,8 @@ class Checkpoint:
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
         tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
-        try:
-            family = find(raw, list(tensors))
-            config = with_fields(family.config(raw), config_fields)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ConfigFieldError(
-                f"{folder / 'config.json'} holds a value of a kind that its field cannot have: {error}."
-            ) from error
+        family, config = map_config(find, raw, list(tensors), str(folder / "config.json"))
+        config = with_fields(config, config_fields)
         check_rounding(family, config)
         groups = make_plan(family.rules(config), tensors, config.num_hidden_layers)
         opened = cls(folder, str(path_or_id), commit, raw, tensors, family, config, groups)
@@ -248,6 +244,23 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def map_config(
+    find: Callable[[dict[str, Any], Sequence[str]], Family], raw: dict[str, Any], tensor_names: Sequence[str], name: str
+) -> tuple[Family, AlibiConfig]:
+    """The family of a config.json and our config, whatever is in it; `name` is the file's in messages.
+
+    Raises:
+        UnknownFamilyError, ConfigFieldError: as the family's own functions, and for values that they trip over.
+    """
+    try:
+        family = find(raw, tensor_names)
+        return family, family.config(raw)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ConfigFieldError(
+            f"{name} holds a value of a kind that its field cannot have: {in_one_line(error)}."
+        ) from error
+
+
 def with_fields(config: AlibiConfig, fields: dict[str, Any]) -> AlibiConfig:
     """A copy of `config` with some fields set, validated again; `ConfigFieldError` where that fails."""
     if not fields:
@@ -302,4 +315,4 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
     return local, local.name
 
 
-__all__ = ["Checkpoint", "check_rounding", "locate", "require_finite", "with_fields"]
+__all__ = ["Checkpoint", "check_rounding", "locate", "map_config", "require_finite", "with_fields"]

@@ -19,9 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alibi_hf.checkpoints.carried import require_own_tokenizer, tokenizer_code
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.options import parse_dtype
 from alibi_hf.checkpoints.reading import FileState
-from alibi_hf.checkpoints.shards import load_pickle, read_json
+from alibi_hf.checkpoints.shards import load_pickle
 from alibi_hf.checkpoints.source import Checkpoint, locate
 from alibi_hf.errors import (
     AlibiError,

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from alibi_hf.errors import ConfigFieldError
-from alibi_hf.model.configuration_alibi import AlibiConfig
+from alibi_hf.model.configuration_alibi import LARGEST, MAX_LABELS, AlibiConfig
 
 REQUIRED = object()
 INT = (int,)
@@ -21,6 +21,8 @@ BOOL = (bool,)
 NUMBER = (int, float)
 TEXT = (str,)
 TOKEN_IDS = (int, list, type(None))
+_MAX_INT = 2**31 - 1  # no field of a checkpoint counts further
+_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def read_fields(
             _refuse_unexpected(name, value, where)
         elif name not in known and name not in inert and name not in STANDARD_INERT:
             raise ConfigFieldError(
-                f"{where}: the field {name}={value!r} is not understood. If upstream's code does not read it, remove "
-                f"it from config.json; otherwise this checkpoint cannot be expressed."
+                f"{where}: the field {shown(name, value)} is not understood. If upstream's code does not read it, "
+                f"remove it from config.json; otherwise this checkpoint cannot be expressed."
             )
     return {field.names[0]: _read(raw, field, where) for field in fields}
 
@@ -159,7 +161,7 @@ def _refuse_unexpected(name: str, value: Any, where: str) -> None:
     accepted = STANDARD_EXPECTED[name]
     if value not in accepted:
         raise ConfigFieldError(
-            f"{where}: {name}={value!r} cannot be expressed; only {accepted[0]!r} can. Use an unquantised, "
+            f"{where}: {shown(name, value)} cannot be expressed; only {accepted[0]!r} can. Use an unquantised, "
             f"decoder-only checkpoint."
         )
 
@@ -171,19 +173,28 @@ def _read(raw: Mapping[str, Any], field: Field, where: str) -> Any:
         raise ConfigFieldError(f"{where}: the field {field.names[0]} is missing from config.json.")
     if any(isinstance(value, float) and not isfinite(value) for value in values):
         raise ConfigFieldError(f"{where}: {field.names[0]}={values[0]!r} is no finite number.")
+    if any(type(value) is int and abs(value) > _MAX_INT for value in values):
+        raise ConfigFieldError(f"{where}: {field.names[0]}={values[0]!r} is more than a checkpoint has: {_MAX_INT}.")
     if any(value != values[0] for value in values):
-        raise ConfigFieldError(f"{where}: the fields {present} are one field under several names and disagree.")
+        raise ConfigFieldError(
+            f"{where}: the fields {present!r:.{_SHOWN}} are one field under several names and disagree."
+        )
     value = values[0] if values else field.default
     if values and not (value is None and field.default is None) and not _is_kind(value, field.kinds):
         kinds = ", ".join(kind.__name__ for kind in field.kinds)
-        raise ConfigFieldError(f"{where}: {field.names[0]}={value!r} should be of type {kinds}.")
+        raise ConfigFieldError(f"{where}: {shown(field.names[0], value)} should be of type {kinds}.")
     if field.accept and not any(value == item and type(value) is type(item) for item in field.accept):
         absent = "" if values else " (upstream's default)"
         raise ConfigFieldError(
-            f"{where}: {field.names[0]}={value!r}{absent} cannot be expressed; expected "
+            f"{where}: {shown(field.names[0], value)}{absent} cannot be expressed; expected "
             f"{' or '.join(repr(item) for item in field.accept)}. {field.refusal}".rstrip()
         )
     return value
+
+
+def shown(name: str, value: Any) -> str:
+    """`name=value` for a message, shortened: both are a stranger's."""
+    return f"{name:.{_SHOWN}}={value!r:.{_SHOWN}}"
 
 
 def _is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -204,13 +215,27 @@ def build_config(
     carried = {name: raw[name] for name in LABEL_FIELDS if raw.get(name) is not None}
     if "id2label" in carried:
         carried.pop("num_labels", None)
+    _check_labels(family, carried)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ConfigFieldError(f"{family}: dtype={dtype!r} is no dtype of torch.")
     try:
         return AlibiConfig(**{"dtype": dtype, **carried, **mapped, **more})
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigFieldError(f"{family}: the fields of config.json cannot be expressed together: {error}") from error
+        said = f"{error}"[: 5 * _SHOWN]
+        raise ConfigFieldError(f"{family}: the fields of config.json cannot be expressed together: {said}") from error
+
+
+def _check_labels(family: str, carried: Mapping[str, Any]) -> None:
+    """Transformers makes a name for each of `num_labels`, and takes `id2label` and `label2id` as they are."""
+    kinds = {"num_labels": int, "id2label": dict, "label2id": dict, "problem_type": str}
+    for name, value in carried.items():
+        number = value if isinstance(value, int) else len(value) if isinstance(value, (dict, str)) else 0
+        if type(value) is not kinds[name] or not 0 <= number <= MAX_LABELS:
+            raise ConfigFieldError(
+                f"{family}: {shown(name, value)} should be of type {kinds[name].__name__}, and of at most "
+                f"{MAX_LABELS} labels."
+            )
 
 
 def defaults_used(raw: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
@@ -219,8 +244,12 @@ def defaults_used(raw: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, 
 
 
 def need_multiple(width: int, heads: int, where: str) -> int:
-    """`width / heads`, the width of one head; `ConfigFieldError` where it is no whole number."""
-    if heads <= 0 or width % heads:
+    """`width / heads`, the width of one head; `ConfigFieldError` where it is no whole number, or none has as many."""
+    if heads > LARGEST["num_attention_heads"]:
+        raise ConfigFieldError(
+            f"{where}: {heads} heads are more than any checkpoint has: at most {LARGEST['num_attention_heads']}."
+        )
+    if heads <= 0 or width <= 0 or width % heads:
         raise ConfigFieldError(f"{where}: a width of {width} cannot be shared out among {heads} heads.")
     return width // heads
 

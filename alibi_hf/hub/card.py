@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import TemplateError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from alibi_hf.checkpoints.shards import read_json
+from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.errors import AlibiError, CheckpointFileError, in_one_line
 from alibi_hf.hub import card_tables

@@ -31,6 +31,19 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_alibi.AlibiForQuestionAnswering",
 }
 
+# More than any decoder has. A config beyond is refused before anything is made of it: lists of slopes, layers, tables.
+LARGEST = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+}
+MAX_LABELS = 2**16
+
 # Older places of what is in `rope_parameters`, which Transformers would read and then drop.
 ROPE_ELSEWHERE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -174,6 +187,8 @@ class AlibiConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         self._refuse_rope_elsewhere(kwargs)
+        if (labels := kwargs.get("num_labels")) is not None and not 0 <= labels <= MAX_LABELS:
+            raise ValueError(f"num_labels={labels} must be between 0 and {MAX_LABELS}: a name is made for each.")
         has_rope = self.rope_parameters is not None
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # the caller's own is not filled in
@@ -206,21 +221,17 @@ class AlibiConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that Transformers knows.")
         self._validate_numbers()
+        dtype = self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype={dtype!r:.200} is no floating-point dtype of torch.")
 
     def _validate_sizes(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        for name in sizes:
-            if getattr(self, name) is None or getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive integer.")
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value is None or value <= 0:
+                raise ValueError(f"{name}={value} must be a positive integer.")
+            if value > largest:
+                raise ValueError(f"{name}={value} is more than any decoder has: at most {largest}.")
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -230,11 +241,11 @@ class AlibiConfig(PreTrainedConfig):
     def _validate_numbers(self) -> None:
         for name in ("norm_eps", "alibi_bias_max", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be positive and finite.")
         for name in ("attention_scale", "embedding_scale", "logit_scale"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
+            if value is not None and not -math.inf < value < math.inf:
                 raise ValueError(f"{name}={value} must be finite.")
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -252,8 +263,9 @@ class AlibiConfig(PreTrainedConfig):
                     f"alibi_slopes has {len(self.alibi_slopes)} entries, num_attention_heads is "
                     f"{self.num_attention_heads}; give one slope a query head."
                 )
-            if not all(math.isfinite(slope) and slope >= 0 for slope in self.alibi_slopes):
-                raise ValueError(f"alibi_slopes must be finite and not negative, found {self.alibi_slopes}.")
+            wrong = [slope for slope in self.alibi_slopes if not 0 <= slope < math.inf]
+            if wrong:
+                raise ValueError(f"alibi_slopes must be finite and not negative, found {wrong!r:.200}.")
         if self.alibi_rounding != "exact" and not self._rounds_its_own():
             raise ValueError(
                 f"alibi_rounding={self.alibi_rounding!r} reproduces upstream's own slopes; it cannot be combined with "
@@ -306,6 +318,7 @@ class AlibiConfig(PreTrainedConfig):
         parameters = self.rope_parameters
         if parameters is None:
             return
+        self._validate_sizes()  # a frequency is made for each pair of features
         kind = parameters.get("rope_type", "default")
         if kind not in rope_types():
             raise ValueError(f"rope_parameters={parameters!r}: rope_type must be one of {rope_types()}.")
@@ -374,4 +387,4 @@ def _announce_classes() -> None:
 
 _announce_classes()
 
-__all__ = ["AlibiConfig"]
+__all__ = ["LARGEST", "MAX_LABELS", "AlibiConfig"]

@@ -6,11 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.loading_report import log_state_dict_report
 
 from .attention_alibi import is_flash, resolve_attention
 from .configuration_alibi import AlibiConfig
 from .layers_alibi import AlibiAttention, AlibiDecoderLayer
 
+logger = logging.get_logger(__name__)
 NEW_HEADS = ("lm_head.", "score.", "qa_outputs.")  # what fine-tuning may start from nothing
 
 
@@ -27,6 +30,17 @@ def check_heads(config: AlibiConfig, tp_size: int) -> None:
         raise ValueError(
             f"tp_size={tp_size} with qk_norm='full': its norm is over all {heads} heads together, and a process holds "
             f"{heads // tp_size}. Use FSDP (fsdp_size={tp_size}) instead."
+        )
+
+
+def _refuse_missing(model: Any, missing: Any) -> None:
+    """Raise ValueError where a tensor is missing outside a new head: it would be random."""
+    saved = type(model).__name__ in (model.config.architectures or [])  # the folder holds this very head
+    trained = sorted(name for name in missing if saved or not name.startswith(NEW_HEADS))
+    if trained:
+        raise ValueError(
+            f"{model.name_or_path} lacks {len(trained)} tensors that {type(model).__name__} needs, such as "
+            f"{trained[0]}; its weights are incomplete, or config.json belongs to another checkpoint."
         )
 
 
@@ -66,14 +80,21 @@ class AlibiPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is None and kwargs.get("gguf_file") is None:
             kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        saved = cls.__name__ in (model.config.architectures or [])  # the folder holds this very head
-        trained = [name for name in info["missing_keys"] if saved or not name.startswith(NEW_HEADS)]
-        if trained:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(trained)} tensors that {cls.__name__} needs, such as "
-                f"{sorted(trained)[0]}; its weights are incomplete, or config.json belongs to another checkpoint."
-            )
+        _refuse_missing(model, info["missing_keys"])
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Refuse what does not fit before Transformers makes memory for it, as large as config.json says.
+
+        Raises:
+            ValueError: where a tensor outside a new head is missing.
+            RuntimeError: Transformers' own, where one has another shape than the config gives.
+        """
+        _refuse_missing(model, loading_info.missing_keys - model.all_tied_weights_keys.keys())
+        if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            log_state_dict_report(model, load_config.pretrained_model_name_or_path, False, loading_info, logger)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

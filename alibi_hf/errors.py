@@ -4,16 +4,18 @@ import re
 
 # Tokens of the Hugging Face Hub, and what stands before the @ of a URL.
 _SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+_LONGEST, _END = 2000, 500  # characters of a message, and of its end, which says what to do
 
 
 class AlibiError(ValueError):
     """Base of all errors that this package raises on purpose; the command line exits 2 on them.
 
-    Its message never holds a token, whatever path, id or cause it repeats.
+    Its message never holds a token, whatever path, id or cause it repeats, and is no longer and no stranger than a
+    terminal can take, whatever a file holds.
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(printable(redact(arg)) if isinstance(arg, str) else arg for arg in args))
 
 
 class UnknownFamilyError(AlibiError):
@@ -45,6 +47,16 @@ def redact(text: str) -> str:
     return _SECRET.sub("[hidden]", text)
 
 
+def printable(text: str) -> str:
+    """Return a text with control characters as escapes, and of a long one the start and the end."""
+    if len(text) > _LONGEST:
+        left_out = len(text) - _LONGEST
+        text = f"{text[: _LONGEST - _END]} [{left_out} characters left out] {text[-_END:]}"
+    if all(each.isprintable() for each in text.splitlines()):
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says, for a message that names its cause."""
     lines = redact(str(error)).strip().splitlines()
@@ -60,5 +72,6 @@ __all__ = [
     "UnknownFamilyError",
     "UnsafeSourceError",
     "in_one_line",
+    "printable",
     "redact",
 ]

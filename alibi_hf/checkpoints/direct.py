@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig
 
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import layer_files
+from alibi_hf.checkpoints.own_config import own_config
 from alibi_hf.checkpoints.rules import Copy
 from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, map_config, with_fields
@@ -48,6 +49,7 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
     """
     raw = None if source is None or kwargs.get("gguf_file") else _raw_config(source, kwargs)
     if raw is None or raw.get("model_type") in (None, AlibiConfig.model_type):
+        _check_own(source, raw, kwargs)
         return None
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     for name in ("trust_remote_code", "code_revision"):  # no code of the source is run, whatever they say
@@ -114,6 +116,12 @@ def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
                 f"{source} could not be fetched from the Hub: {error}. Without network, give a local folder."
             ) from error
     return folder / subfolder
+
+
+def _check_own(source: Any, raw: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+    """Refuse a bad config.json in our own layout by name, before Transformers reads it."""
+    if raw is not None and raw.get("model_type") == AlibiConfig.model_type and kwargs.get("config") is None:
+        own_config(raw, f"config.json of {source}")
 
 
 def _need_metadata(folder: Path) -> None:

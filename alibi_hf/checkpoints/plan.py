@@ -71,8 +71,7 @@ def _missing(rules: list[Rule], by_rule: Mapping[tuple[int, int], list[str]], la
 def _refuse(names: list[str], what: str) -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        shown = ", ".join(f"{name:.200}" for name in names[:_SHOWN])
-        raise TensorError(f"tensors that {what}: {shown}{more}.")
+        raise TensorError(f"tensors that {what}: {', '.join(names[:_SHOWN])}{more}.")
 
 
 # The class whose head a checkpoint holds, by the target that only this head has.

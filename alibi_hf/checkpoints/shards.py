@@ -7,6 +7,7 @@
 import hashlib
 import os
 import re
+import reprlib
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,7 +185,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
         whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
     if not whole or len(entry["data_offsets"]) != 2 or len(entry["shape"]) > _MAX_DIMENSIONS:
         raise CheckpointFileError(
-            f"{path}: the header's entry of {name:.200} is {entry!r:.200}, which describes no tensor of a model (a "
+            f"{path}: the header's entry of {name} is {reprlib.repr(entry)}, which describes no tensor of a model (a "
             f"dtype, at most {_MAX_DIMENSIONS} dimensions, two data_offsets); the file is damaged, or no checkpoint."
         )
 
@@ -218,7 +219,7 @@ def _header_entries(text: bytes) -> dict[str, Any]:
     header = parse_json(text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"its __metadata__ is {metadata!r:.200}, which is no mapping of texts to texts")
+        raise ValueError(f"its __metadata__ is {reprlib.repr(metadata)}, which is no mapping of texts to texts")
     return header
 
 

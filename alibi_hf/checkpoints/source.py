@@ -28,6 +28,7 @@ from alibi_hf.families import Family, find_family
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
+GENERATION = "generation_config.json"
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _SLOPES_EQUAL = 1e-6  # relative: what powers in float32 can be off by
 _CHECK_BLOCK = 1 << 24  # elements looked at together for NaN and Inf
@@ -87,6 +88,8 @@ class Checkpoint:
         """
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
+        if (folder / GENERATION).exists():
+            read_json(folder / GENERATION)  # before anything is made: loading and converting need it
         tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
         family, config = map_config(find, raw, list(tensors), str(folder / "config.json"))
         config = with_fields(config, config_fields)

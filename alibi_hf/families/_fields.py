@@ -22,7 +22,6 @@ NUMBER = (int, float)
 TEXT = (str,)
 TOKEN_IDS = (int, list, type(None))
 _MAX_INT = 2**31 - 1  # no field of a checkpoint counts further
-_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def read_fields(
             _refuse_unexpected(name, value, where)
         elif name not in known and name not in inert and name not in STANDARD_INERT:
             raise ConfigFieldError(
-                f"{where}: the field {shown(name, value)} is not understood. If upstream's code does not read it, "
+                f"{where}: the field {name}={value!r} is not understood. If upstream's code does not read it, "
                 f"remove it from config.json; otherwise this checkpoint cannot be expressed."
             )
     return {field.names[0]: _read(raw, field, where) for field in fields}
@@ -161,7 +160,7 @@ def _refuse_unexpected(name: str, value: Any, where: str) -> None:
     accepted = STANDARD_EXPECTED[name]
     if value not in accepted:
         raise ConfigFieldError(
-            f"{where}: {shown(name, value)} cannot be expressed; only {accepted[0]!r} can. Use an unquantised, "
+            f"{where}: {name}={value!r} cannot be expressed; only {accepted[0]!r} can. Use an unquantised, "
             f"decoder-only checkpoint."
         )
 
@@ -176,25 +175,18 @@ def _read(raw: Mapping[str, Any], field: Field, where: str) -> Any:
     if any(type(value) is int and abs(value) > _MAX_INT for value in values):
         raise ConfigFieldError(f"{where}: {field.names[0]}={values[0]!r} is more than a checkpoint has: {_MAX_INT}.")
     if any(value != values[0] for value in values):
-        raise ConfigFieldError(
-            f"{where}: the fields {present!r:.{_SHOWN}} are one field under several names and disagree."
-        )
+        raise ConfigFieldError(f"{where}: the fields {present} are one field under several names and disagree.")
     value = values[0] if values else field.default
     if values and not (value is None and field.default is None) and not _is_kind(value, field.kinds):
         kinds = ", ".join(kind.__name__ for kind in field.kinds)
-        raise ConfigFieldError(f"{where}: {shown(field.names[0], value)} should be of type {kinds}.")
+        raise ConfigFieldError(f"{where}: {field.names[0]}={value!r} should be of type {kinds}.")
     if field.accept and not any(value == item and type(value) is type(item) for item in field.accept):
         absent = "" if values else " (upstream's default)"
         raise ConfigFieldError(
-            f"{where}: {shown(field.names[0], value)}{absent} cannot be expressed; expected "
+            f"{where}: {field.names[0]}={value!r}{absent} cannot be expressed; expected "
             f"{' or '.join(repr(item) for item in field.accept)}. {field.refusal}".rstrip()
         )
     return value
-
-
-def shown(name: str, value: Any) -> str:
-    """`name=value` for a message, shortened: both are a stranger's."""
-    return f"{name:.{_SHOWN}}={value!r:.{_SHOWN}}"
 
 
 def _is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -222,8 +214,7 @@ def build_config(
     try:
         return AlibiConfig(**{"dtype": dtype, **carried, **mapped, **more})
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
-        said = f"{error}"[: 5 * _SHOWN]
-        raise ConfigFieldError(f"{family}: the fields of config.json cannot be expressed together: {said}") from error
+        raise ConfigFieldError(f"{family}: the fields of config.json cannot be expressed together: {error}") from error
 
 
 def _check_labels(family: str, carried: Mapping[str, Any]) -> None:
@@ -233,7 +224,7 @@ def _check_labels(family: str, carried: Mapping[str, Any]) -> None:
         number = value if isinstance(value, int) else len(value) if isinstance(value, (dict, str)) else 0
         if type(value) is not kinds[name] or not 0 <= number <= MAX_LABELS:
             raise ConfigFieldError(
-                f"{family}: {shown(name, value)} should be of type {kinds[name].__name__}, and of at most "
+                f"{family}: {name}={value!r} should be of type {kinds[name].__name__}, and of at most "
                 f"{MAX_LABELS} labels."
             )
 

@@ -221,9 +221,15 @@ class AlibiConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation that Transformers knows.")
         self._validate_numbers()
-        dtype = self.dtype
+        self._validate_description()
+
+    def _validate_description(self) -> None:
+        """Refuse what Transformers trips over when it loads the weights."""
+        dtype, named = self.dtype, self.architectures
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype!r:.200} is no floating-point dtype of torch.")
+        if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+            raise ValueError(f"architectures={named!r:.200} is no list of class names.")
 
     def _validate_sizes(self) -> None:
         for name, largest in LARGEST.items():

@@ -1,0 +1,49 @@
+"""The loaders against bad files of every kind, the same ones every time; `make fuzz` tries others for minutes.
+
+What comes out is a named error or a whole model: see `tests.fuzz.loaders`.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.fuzz.__main__ import FIGURES
+from tests.fuzz.loaders import STRATEGIES, Case, run
+
+SECURITY = Path(__file__).parents[2] / "SECURITY.md"
+INPUTS = {"config.json, upstream": 60, "config.json, our own": 30, "safetensors header": 60, "pickle": 60}
+
+
+@pytest.mark.parametrize("loader", STRATEGIES)
+def test_a_named_error_or_a_whole_model(loader):
+    outcomes: Counter[str] = Counter()
+
+    @settings(
+        max_examples=INPUTS.get(loader, 25),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(STRATEGIES[loader])
+    def try_one(case: Case) -> None:
+        outcomes[run(case)] += 1
+
+    try_one()
+    assert sum(count for name, count in outcomes.items() if name != "loaded") > 5, outcomes
+
+
+@pytest.mark.parametrize("loader", STRATEGIES)
+def test_the_figures_that_are_told(loader):
+    """SECURITY.md has, for every loader, the figures of the last long run, which found nothing."""
+    found = json.loads(FIGURES.read_text())["loaders"][loader]
+    assert found["crashes"] == [] and found["inputs"] == sum(found["outcomes"].values()) > 100
+    row = re.search(rf"^\| {re.escape(loader)} \|(.*)\|$", SECURITY.read_text(encoding="utf-8"), re.M)
+    assert row is not None
+    refused = found["inputs"] - found["outcomes"].get("loaded", 0)
+    cells = [cell.strip() for cell in row[1].split("|")]
+    assert cells == [f"{found['inputs']:,}", f"{refused:,}", str(found["seconds"]), f"{found['slowest_seconds']}"]

@@ -101,8 +101,10 @@ def require_own_tokenizer(folder: Path) -> None:
     carried_files(folder)
     for name in TOKENIZER_SETTINGS:
         settings = read_json(folder / name) if (folder / name).is_file() else {}
-        named = {setting: value for setting, value in settings.items() if _names_file(setting)}
-        for setting, value in {**named, **dict(enumerate(settings.get("init_inputs") or []))}.items():
+        listed = settings.get("init_inputs")
+        named = [(setting, value) for setting, value in settings.items() if _names_file(setting)]
+        named += [("init_inputs", value) for value in (listed if isinstance(listed, list) else [])]
+        for setting, value in named:
             if isinstance(value, str) and _leads_out(folder, value):
                 raise UnsafeSourceError(
                     f"{folder / name} names the file {value!r} ({setting}), outside the folder; remove the setting, "

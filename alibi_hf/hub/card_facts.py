@@ -13,8 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from alibi_hf.checkpoints.conversion import FILE as CONVERSION
-from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.json_files import read_json
+from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError
 from alibi_hf.evaluation.report import Evaluation, ModelEvaluation

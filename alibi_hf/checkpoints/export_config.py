@@ -67,8 +67,9 @@ def target_config(source: Converted, to: str) -> tuple[dict[str, Any], AlibiConf
     raw |= {name: getattr(config, name) for name in TOKENS if getattr(config, name) != getattr(mapped, name)}
     if source.class_name != "AlibiForCausalLM":
         raw |= {name: getattr(config, name) for name in LABEL_FIELDS if name != "num_labels"}
+    mapped = target.family.config(raw)
     notes += [target.caution] if target.caution else []
-    return raw, target.family.config(raw), notes + server_notes(to, raw)
+    return raw, mapped, notes + server_notes(to, raw, mapped)
 
 
 def _check_class(source: Converted, to: str) -> None:

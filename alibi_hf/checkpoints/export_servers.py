@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MptConfig
 
+from alibi_hf.model.configuration_alibi import AlibiConfig
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -55,6 +57,8 @@ _MPT = (
     Gap("vLLM, TGI and CTranslate2", True, "layer_norm_epsilon", (None, 1e-5)),
     Gap("vLLM, TGI and CTranslate2", True, "norm_eps", (None, 1e-5)),
     Gap(_BOTH, False, "tie_word_embeddings", _ON),
+    Gap(_BOTH, False, "attn_config.fused_qkv", _ON),
+    Gap(_BOTH, False, "fuse_norm_attn_norm", _OFF),
     Gap(_BOTH, True, "ffn_config"),
     Gap(_BOTH, True, "attn_config.qk_gn", _OFF),
     Gap(_BOTH, True, "attn_config.attn_logit_softcapping"),
@@ -76,36 +80,40 @@ GAPS: dict[str, tuple[Gap, ...]] = {
 }
 
 
-def server_notes(to: str, raw: dict[str, Any]) -> list[str]:
-    """What a reader should know before serving `raw`, the config.json of target `to`, one sentence each."""
-    found = [gap.note(raw) for gap in GAPS[to]] + [_falcon_width(raw), _mpt_scale(raw), _native_mpt(raw)]
+def server_notes(to: str, raw: dict[str, Any], mapped: AlibiConfig) -> list[str]:
+    """What a reader should know before serving `raw`, the config.json of target `to`, one sentence each.
+
+    Args:
+        mapped: our config of what `raw` says.
+    """
+    found = [gap.note(raw) for gap in GAPS[to]]
+    if to == "falcon":
+        found += [_falcon_width(mapped)]
+    elif to != "bloom":
+        found += [_mpt_scale(raw, mapped), _native_mpt(raw)]
     return [note for note in found if note is not None]
 
 
-def _falcon_width(raw: dict[str, Any]) -> str | None:
-    if raw["model_type"] != "falcon" or raw.get("ffn_hidden_size") in (None, 4 * raw["hidden_size"]):
+def _falcon_width(mapped: AlibiConfig) -> str | None:
+    if mapped.intermediate_size == 4 * mapped.hidden_size:
         return None
-    return f"vLLM cannot load ffn_hidden_size={raw['ffn_hidden_size']}: it has 4 times the width only"
+    return f"vLLM cannot load ffn_hidden_size={mapped.intermediate_size}: it has 4 times the width only"
 
 
-def _mpt_scale(raw: dict[str, Any]) -> str | None:
-    scale = _value(raw, "attn_config.softmax_scale")
-    usual = scale is None or math.isclose(scale, (raw["d_model"] / raw["n_heads"]) ** -0.5, rel_tol=1e-6)
-    return None if usual else Gap("vLLM and CTranslate2", True, "attn_config.softmax_scale").note(raw)
+def _mpt_scale(raw: dict[str, Any], mapped: AlibiConfig) -> str | None:
+    usual = (mapped.hidden_size / mapped.num_attention_heads) ** -0.5
+    if math.isclose(mapped.attention_scale or usual, usual, rel_tol=1e-6):
+        return None
+    return Gap("vLLM and CTranslate2", True, "attn_config.softmax_scale").note(raw)
 
 
 def _native_mpt(raw: dict[str, Any]) -> str | None:
-    if raw["model_type"] != "mpt":
-        return None
     try:
         MptConfig(**raw)
-    except StrictDataclassError as error:
-        return f"vLLM cannot load it: it reads MPT's config.json with Transformers, which says {_one_line(error)}"
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        return f"vLLM cannot load it: it reads MPT's config.json with Transformers, which says {said}"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 __all__ = ["GAPS", "Gap", "server_notes"]

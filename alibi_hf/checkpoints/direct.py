@@ -12,7 +12,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.distributed import DistributedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from alibi_hf.checkpoints.fetch import fetch
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import layer_files
 from alibi_hf.checkpoints.own_config import own_config
@@ -91,30 +93,34 @@ def _read_foreign(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raw_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """config.json, or None where Transformers is left to say what is wrong.
+
+    Raises:
+        OSError: of the Hub. Transformers would ask again, and might take what comes for our layout.
+        CheckpointFileError: where there is none; Transformers would make a model of the default size.
+    """
     local = Path(source).expanduser() / (kwargs.get("subfolder") or "") / "config.json"
     if os.path.lexists(local):
         return read_json(local)
     hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
     try:
-        return PreTrainedConfig.get_config_dict(source, **hub)[0] or None
-    except (OSError, ValueError):  # not found, or no JSON: Transformers says what is wrong
+        raw = PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         return None
+    if not raw and kwargs.get("config") is None and find_adapter_config_file(source, **hub) is None:
+        raise CheckpointFileError(f"{source} holds no config.json; name a folder or Hub id of a whole model.")
+    return raw or None
 
 
 def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
     subfolder = hub.pop("subfolder", "") or ""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         patterns = [f"{subfolder}/{p}" if subfolder else p for p in PATTERNS + (["*.bin"] if allow_pickle else [])]
         hub = {name: value for name, value in hub.items() if name != "proxies" and value is not None}
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
-        except OSError as error:
-            raise CheckpointFileError(
-                f"{source} could not be fetched from the Hub: {error}. Without network, give a local folder."
-            ) from error
+        folder = fetch(str(source), patterns, **hub)
     return folder / subfolder
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from alibi_hf.checkpoints.carried import carried_files, tokenizer_code
+from alibi_hf.checkpoints.fetch import fetch
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import PATTERN, layer_files, list_layer_files
 from alibi_hf.checkpoints.plan import Group, check_dtypes, check_shapes, head_class, make_plan
@@ -304,17 +305,7 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
         raise CheckpointFileError(f"{name} is not a folder; give a model folder or a Hub id such as owner/name.")
     if redact(said := f"{name} at revision {revision}") != said:
         raise CheckpointFileError(f"{said} holds an access token: it is not sent. Set HF_TOKEN, and give the id alone.")
-    from huggingface_hub import snapshot_download
-
-    patterns = PATTERNS + (["*.bin", PATTERN] if allow_pickle else [])
-    try:
-        local = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the Hub client raises many kinds; all mean that there is nothing to read
-        raise CheckpointFileError(
-            f"{name} is no local folder, and it could not be fetched from the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Without network, give the path of a "
-            f"local folder that holds config.json and the weights."
-        ) from error
+    local = fetch(name, PATTERNS + (["*.bin", PATTERN] if allow_pickle else []), revision=revision)
     return local, local.name
 
 

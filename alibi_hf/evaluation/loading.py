@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alibi_hf.checkpoints.carried import require_own_tokenizer, tokenizer_code
+from alibi_hf.checkpoints.fetch import fetch
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.options import parse_dtype
 from alibi_hf.checkpoints.reading import FileState
@@ -286,9 +287,7 @@ def _check_pinned(subject: Subject, code: Sequence[str], options: Options) -> No
             f"--trust-remote-code runs code of {subject.given} only at a commit: give its 40 digits as --revision "
             f"(now {subject.revision}), not {options.revision!r}."
         )
-    from huggingface_hub import snapshot_download
-
-    snapshot_download(subject.given.removeprefix(UPSTREAM), revision=options.revision, allow_patterns=["*.py"])
+    fetch(subject.given.removeprefix(UPSTREAM), ["*.py"], revision=options.revision)
 
 
 def _need_weights(subject: Subject, options: Options) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from transformers import (
 
 import alibi_hf
 from alibi_hf.model.configuration_alibi import AUTO_MAP
+from tests.hidden import hidden
 from tests.model.cases import build, documents
 
 HEADS = {
@@ -32,23 +32,10 @@ CASES = dict(zip(HEADS, ("rope", "twelve_grouped", "hybrid", "learned", "sinusoi
 CODE = {path.name for path in Path(alibi_hf.__file__).parent.joinpath("model").glob("*_alibi.py")}
 TEXT = documents(50)[0][None]
 
-# Runs in a fresh process in which the package cannot be found. Prints one line of JSON.
-WORKER = '''
-import importlib, json, sys
+# Runs in a fresh process in which the package cannot be found.
+WORKER = """
+import sys
 from pathlib import Path
-
-class Hidden:
-    """Refuses the package by name."""
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "alibi_hf":
-            raise ImportError("alibi_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
-try:
-    import alibi_hf
-    raise SystemExit("the package is not hidden")
-except ImportError:
-    pass
 import torch, transformers
 
 source, output = map(Path, sys.argv[1:])
@@ -73,8 +60,7 @@ folder = source / given["folders"]["AutoModelForCausalLM"]
 for auto in given["folders"]:
     getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
 torch.save(found, output / "found.pt")
-assert not any(name.split(".")[0] == "alibi_hf" for name in sys.modules)
-'''
+"""
 
 
 def files(folder: Path) -> set[str]:
@@ -109,12 +95,10 @@ def test_saving_writes_the_code_and_the_whole_auto_map(saved: Path) -> None:
 
 
 def test_all_heads_load_where_the_package_is_hidden(saved: Path, tmp_path: Path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [sys.executable, "-P", worker] if sys.version_info >= (3, 11) else [sys.executable, worker]
-    done = subprocess.run([*command, saved, tmp_path], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    command = hidden(WORKER, saved, tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     truth, found = torch.load(saved / "truth.pt"), torch.load(tmp_path / "found.pt")
     assert truth.keys() == found.keys()

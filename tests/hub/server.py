@@ -44,6 +44,7 @@ class LoopbackHub:
         tokens: each valid token of the one account, and what it may: "write" or "read".
         account, organisations: whose repositories the account sees and, with a write token, writes.
         requests: every request so far, to the Hub and to its storage (whose paths begin with /storage/).
+        ranges: path and Range header of every request for a part of a file.
         stored: the large files by SHA-256.
         page_size: entries of a listing that come in one answer.
         multipart_size: bytes from which on an upload is asked for in parts of that size; None: never.
@@ -57,6 +58,7 @@ class LoopbackHub:
         self.stored: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[Request] = []
+        self.ranges: list[tuple[str, str]] = []
         self.faults = Faults()
         self.page_size, self.retry_after = 1000, 0
         self.multipart_size: int | None = None
@@ -184,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         given = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         hub.requests.append(Request(self.command, self.path, given is not None))
+        if "Range" in self.headers:
+            hub.ranges.append((self.path, self.headers["Range"]))
         fault = hub.faults.take(self.command, self.path)
         if fault in CUTS and self.command in ("PUT", "POST"):
             self._read(0.5 if fault == "truncate" else 1)

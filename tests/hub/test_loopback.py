@@ -100,15 +100,32 @@ def test_pulling_and_what_is_not_there(hub: LoopbackHub, tmp_path: Path) -> None
     sha = hub.commit("tester/m", lay(tmp_path / "m"))
     hub.commit("tester/p", {"config.json": b"{}"})
     hub.repositories["tester/p"].private = True
-    cut = hub.fail("GET", "^/storage/", "truncate")
     hub.fail("GET", "/resolve/.*config.json", 429)
     said = run(hub, tmp_path, PULL.replace("READ", repr(READ_TOKEN)), token=None)
     assert said["sha"] == sha and said["files"] == sorted([".gitattributes", *FILES])
-    assert bytes.fromhex(said["bytes"]) == FILES["model.safetensors"] and cut.seen == 1
+    assert bytes.fromhex(said["bytes"]) == FILES["model.safetensors"]
     assert said["missing"] == "RemoteEntryNotFoundError" and said["revision"] == "RevisionNotFoundError"
     assert said["repo"] == said["private"] == "RepositoryNotFoundError" and said["with_token"] == "{}"
     assert said["not_mine"] == said["wrong_token"] == "HfHubHTTPError"
     assert not any(request.token for request in hub.requests if request.path.startswith("/storage/"))
+
+
+RESUME = """
+said["first"] = kind(hf_hub_download, "tester/m", "big.bin")
+cache = Path(constants.HF_HUB_CACHE)
+said["whole"] = [path.name for path in cache.rglob("*.bin")]
+said["found"] = len(Path(hf_hub_download("tester/m", "big.bin")).read_bytes())
+"""
+
+
+def test_a_cut_download_is_never_taken_for_whole_and_goes_on_where_it_stopped(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The client reads in chunks of 10 MB: of half of 24 MB one chunk is kept, and asked for no more."""
+    hub.commit("tester/m", {"big.bin": bytes(24 << 20)})
+    faults = [hub.fail("GET", "^/storage/", answer) for answer in ("truncate", 500)]
+    said = run(hub, tmp_path, "from huggingface_hub import constants\n" + RESUME)
+    assert [fault.seen for fault in faults] == [1, 1]
+    assert said["first"] == "HfHubHTTPError" and said["whole"] == [] and said["found"] == 24 << 20
+    assert hub.ranges[0][1] == f"bytes={10 << 20}-"
 
 
 CARDS = {

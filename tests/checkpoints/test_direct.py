@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alibi_hf.checkpoints.direct as direct
-from alibi_hf.errors import AlibiError, ConfigFieldError, TensorError, UnknownFamilyError, UnsafeSourceError
+from alibi_hf.errors import (
+    AlibiError,
+    CheckpointFileError,
+    ConfigFieldError,
+    TensorError,
+    UnknownFamilyError,
+    UnsafeSourceError,
+)
 from alibi_hf.model import modeling_alibi
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import AlibiForCausalLM, AlibiModel, AlibiPreTrainedModel
@@ -210,3 +217,9 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(TensorError, match="lm_head.weight differs from transformer.wte.weight"):
         AlibiForCausalLM.from_pretrained(tmp_path / "source")
+
+
+def test_a_folder_without_config_is_no_model_of_the_default_size(tmp_path):
+    (bloom(tmp_path) / "config.json").unlink()
+    with pytest.raises(CheckpointFileError, match=r"holds no config.json"):
+        AlibiForCausalLM.from_pretrained(tmp_path)

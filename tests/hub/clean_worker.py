@@ -58,7 +58,8 @@ def online() -> None:
     found["secret"] = attempt(logits, "tester/secret")
     found["secret with token"] = attempt(logits, "tester/secret", token=given["token"])
     for name in given["faulty"]:
-        found[name] = [attempt(logits, name), attempt(logits, name)]
+        first = attempt(logits, name)
+        found[name] = [first, attempt(logits, name) if isinstance(first, str) else first]
     for name in given["broken"]:
         found[name] = attempt(logits, name)
 

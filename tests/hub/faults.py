@@ -29,10 +29,10 @@ class Fault:
 
 
 class Faults:
-    """The faults that are set, in the order in which they were asked for."""
+    """The faults that were asked for, in that order (`asked`)."""
 
     def __init__(self) -> None:
-        self._set: list[Fault] = []
+        self.asked: list[Fault] = []
         self._lock = threading.Lock()
 
     def add(self, method: str, pattern: str, answer: int | str, times: int = 1) -> Fault:
@@ -41,13 +41,13 @@ class Faults:
             raise ValueError(f"{answer!r} is neither one of {CUTS} nor one of the statuses {sorted(ERRORS)}.")
         fault = Fault(method, re.compile(pattern), answer, times)
         with self._lock:
-            self._set.append(fault)
+            self.asked.append(fault)
         return fault
 
     def take(self, method: str, path: str) -> int | str | None:
         """The answer that a request must have, or None; counts it."""
         with self._lock:
-            for fault in self._set:
+            for fault in self.asked:
                 if fault.left > 0 and fault.method in (method, "*") and fault.pattern.search(path):
                     fault.left -= 1
                     fault.seen += 1
@@ -57,4 +57,4 @@ class Faults:
     def clear(self) -> None:
         """Forget every fault."""
         with self._lock:
-            self._set.clear()
+            self.asked.clear()

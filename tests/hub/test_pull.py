@@ -1,7 +1,5 @@
 """Models pulled by id from the loopback Hub, in fresh processes without the package (code comes along) and with it."""
 
-import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -11,21 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
 from transformers import AutoTokenizer, MptForCausalLM
 
 import alibi_hf
 from alibi_hf.model.configuration_alibi import AUTO_MAP
-from tests.builders import distance, ids, mpt, tokenizer
+from tests.builders import distance
 from tests.hidden import hidden
+from tests.hub.pulled import PROMPT, TRAINED, Models, broken, faulty, fill
 from tests.hub.server import READ_TOKEN, LoopbackHub
-from tests.model.cases import build
 
 pytestmark = pytest.mark.slow
 
-TRAINED = 24  # length; the prompt is longer
-PROMPT = ids(length=40) % 61  # below every vocabulary here
-CODE = Path(alibi_hf.__file__).parent / "model"
 CLEAN = Path(__file__).with_name("clean_worker.py")
 PACKAGE = Path(__file__).with_name("package_worker.py")
 # Repositories of which one request each is answered with a fault, or two in turn; ours, then such as are upstream's.
@@ -48,114 +42,10 @@ def logits(folder: Path) -> torch.Tensor:
         return alibi_hf.AlibiForCausalLM.from_pretrained(folder).eval()(PROMPT).logits
 
 
-def code() -> dict[str, bytes]:
-    """The code files that travel with a model."""
-    return {path.name: path.read_bytes() for path in CODE.glob("*_alibi.py")}
-
-
-class Models:
-    """Folders made once, two models (old and new) in each layout, and one saved."""
-
-    def __init__(self, root: Path) -> None:
-        self.upstream, self.new_upstream = (
-            tokenizer(mpt(root / name, seed=seed, length=TRAINED))
-            for seed, name in enumerate(("upstream", "new_upstream"))
-        )
-        self.converted, self.new = root / "converted", root / "new"
-        alibi_hf.convert(self.upstream, self.converted, verify=False)
-        alibi_hf.convert(self.new_upstream, self.new, verify=False)
-        self.shards = mpt(root / "shards", shards=2)
-        self.converted_shards = root / "converted_shards"
-        alibi_hf.convert(self.upstream, self.converted_shards, verify=False, max_shard_size="100KB")
-        self.saved = root / "saved"
-        build("twelve_grouped", torch.float32).save_pretrained(self.saved)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Give the folders."""
     return Models(tmp_path_factory.mktemp("models"))
-
-
-def marked(folder: Path, mark: str) -> dict[str, bytes]:
-    """Files of a folder, the weights another file with the same tensors: storage knows files by what they hold."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    return {**files, "model.safetensors": save(load_file(folder / "model.safetensors"), {"format": "pt", "mark": mark})}
-
-
-def oid(hub: LoopbackHub, name: str) -> str:
-    """The SHA-256 by which storage knows the weights of a repository."""
-    return hashlib.sha256(hub.files(name)["model.safetensors"]).hexdigest()
-
-
-def moving(hub: LoopbackHub, name: str, old: Path, new: Path) -> list[str]:
-    """A repository with a history; returns revisions, the first three with the old weights."""
-    sha = hub.commit(name, old)
-    hub.repositories[name].branch("refs/tags/v1", sha)
-    hub.repositories[name].open_pull_request("as it was")
-    hub.commit(name, new, "next/step")
-    hub.commit(name, new)
-    return [sha, "v1", "refs/pr/1", "main", "next/step"]
-
-
-def faulty(hub: LoopbackHub, faults: dict[str, tuple], folder: Path) -> list[str]:
-    """Repositories that fail; returns their names."""
-    for name, (method, pattern, *answers) in faults.items():
-        hub.commit(name, marked(folder, name))
-        for answer in answers:
-            hub.fail(method, pattern.format(name=name, oid=oid(hub, name)), answer)
-    return list(faults)
-
-
-def broken(hub: LoopbackHub, prefix: str, folder: Path, shards: Path) -> list[str]:
-    """Repositories that lack something; returns their names."""
-    whole, parts = ({path.name: path.read_bytes() for path in held.iterdir()} for held in (folder, shards))
-    last = max(name for name in parts if name.endswith(".safetensors"))
-    lacking = {
-        "no-config": {name: data for name, data in whole.items() if name != "config.json"},
-        "no-shard": {name: data for name, data in parts.items() if name != last},
-        "half": {**whole, "model.safetensors": whole["model.safetensors"][:-5000]},
-    }
-    for what, files in lacking.items():
-        hub.commit(f"{prefix}-{what}", files)
-    return [f"{prefix}-{what}" for what in lacking]
-
-
-def fill(hub: LoopbackHub, models: Models) -> dict[str, Any]:
-    """Commit all that the workers pull; returns their settings."""
-    hub.commit("tester/converted", models.converted)
-    hub.commit("tester/saved", models.saved)
-    folders = {"ours": models.converted, "deep/theirs": models.upstream}
-    files = {f"{name}/{path.name}": path.read_bytes() for name, folder in folders.items() for path in folder.iterdir()}
-    hub.commit("tester/folders", files)
-    revisions = {
-        "tester/moving": moving(hub, "tester/moving", models.converted, models.new),
-        "tester/upstream": moving(hub, "tester/upstream", models.upstream, models.new_upstream),
-    }
-    for name in ("tester/secret", "tester/secret-2", "tester/secret-3", "someone/secret"):
-        hub.create(name, private=True)
-        hub.commit(name, models.upstream if name != "tester/secret" else models.converted)
-    return {
-        "ids": PROMPT,
-        "heads": list(AUTO_MAP)[1:],
-        "token": READ_TOKEN,
-        "revisions": revisions,
-        **borrow(hub, models),
-    }
-
-
-def borrow(hub: LoopbackHub, models: Models) -> dict[str, str]:
-    """A repository whose code is another's, and that one: first good code, then such as leaves a mark when it runs."""
-    good = code()
-    pinned = hub.commit("tester/code", good)
-    evil = b"\nimport os, pathlib\npathlib.Path(os.environ['MARKER']).touch()\n"
-    hub.commit("tester/code", {"configuration_alibi.py": good["configuration_alibi.py"] + evil})
-    files = {path.name: path.read_bytes() for path in models.converted.iterdir() if path.is_file()}
-    files = {name: data for name, data in files.items() if name not in good}
-    config = json.loads(files["config.json"])
-    config["auto_map"] = {auto: f"tester/code--{name}" for auto, name in AUTO_MAP.items()}
-    weights = hub.commit("tester/borrowing", {**files, "config.json": json.dumps(config).encode()})
-    return {"code": pinned, "weights": weights}
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +166,10 @@ def test_faults_are_overcome_or_named_and_the_next_try_works(
             assert "500" in first
         else:
             assert torch.equal(first, second), name
+
+
+def test_every_fault_struck(served: tuple[LoopbackHub, dict[str, Any]], clean: Found, package: dict[str, Any]) -> None:
+    assert served[0].faults.asked and not any(fault.left for fault in served[0].faults.asked)
 
 
 def test_the_cache_is_enough_offline(models: Models, clean: Found) -> None:

@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 from alibi_hf.checkpoints.export import TARGETS
 from alibi_hf.cli import app
 from alibi_hf.hub.card_metadata import LICENCES
-from model_cards.make import HERE, SHIPPED, cards, parameters, read_facts, slopes
+from model_cards.make import cards
+from model_cards.published import HERE, parameters, read_facts, slopes
+from model_cards.shipped import SHIPPED
 
 ENTRIES = read_facts()
 SIZED = [entry for entry in ENTRIES if entry.own_config is not None]

@@ -9,7 +9,7 @@ from alibi_hf.evaluation.table import bits, perplexity
 from alibi_hf.hub.card_facts import CONVERSION, PICTURE, CardFacts
 from alibi_hf.hub.card_metadata import HUB
 from alibi_hf.hub.card_text import bullets, code, plain, table
-from alibi_hf.verification.render import COLUMNS, ON_TERMINAL, check_cells, control_cells, telling
+from alibi_hf.verification.render import COLUMNS, ON_TERMINAL, check_cells, control_cells, number, telling
 
 _RIGHT = (2, 3, 4, 5)
 _COUNTS_MASKED = ("mpt", "mosaic_gpt", "replit_lm")  # upstream counts masked tokens inside a row as distance
@@ -34,8 +34,23 @@ def verdict(facts: CardFacts) -> str:
         said = plain(str(proof["verdict"]))
         return f"**Not verified**: `{CONVERSION}` says that it was, and `verification.json` says {said}."
     reference = proof.get("reference", {}).get("class")
-    against = f" It was compared with {code(reference)} in float64." if reference else ""
+    against = f" It was compared with {code(reference)} in float64.{_nearest(facts)}" if reference else ""
     return f"**Verified**: `verification.md` shows how near it is to upstream.{against}"
+
+
+def _nearest(facts: CardFacts) -> str:
+    """The largest error of the logits in the first dtype, and upstream's there; "" where logits were not compared."""
+    compared = [check for check in facts.checks if check.name.startswith("logits")]
+    rows = [check for check in compared if check.dtype == compared[0].dtype]
+    ours, theirs = ([getattr(check, side) for check in rows] for side in ("ours", "upstream"))
+    if not rows or None in ours + theirs:
+        return ""
+    shortest, longest = min(check.length for check in rows), max(check.length for check in rows)
+    lengths = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    return (
+        f" The logits are within {number(max(ours))} of it in {plain(rows[0].dtype)}, at {lengths} tokens; upstream's "
+        f"own are within {number(max(theirs))}."
+    )
 
 
 def description(facts: CardFacts) -> str:
@@ -70,9 +85,9 @@ def parity(facts: CardFacts) -> str:
     rows = [check_cells(check) for check in checks] + [control_cells(control) for control in controls]
     columns = [COLUMNS[place] or "result" for place in ON_TERMINAL]
     said = {**facts.verification.get("reference", {}), "text": facts.verification.get("text", "")}
-    lines = [f"{name.replace('_', ' ')}: {plain(str(value))}" for name, value in said.items() if value]
+    lines = [f"{plain(name.replace('_', ' '))}: {plain(str(value))}" for name, value in said.items() if value]
     versions = facts.verification.get("versions", {})
-    lines.append("versions: " + ", ".join(f"{name} {plain(str(version))}" for name, version in versions.items()))
+    lines.append("versions: " + ", ".join(f"{plain(name)} {plain(str(version))}" for name, version in versions.items()))
     cells = [[plain(row[place]) for place in ON_TERMINAL] for row in rows]
     return f"{table(columns, cells, _RIGHT)}\n\n{bullets(lines)}"
 

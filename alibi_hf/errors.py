@@ -42,6 +42,14 @@ class UnsafeSourceError(AlibiError):
     """Reading the source would need something that is off by default, such as unpickling."""
 
 
+class SecretError(AlibiError):
+    """A file that would be published holds something shaped like a token."""
+
+
+class HubError(AlibiError):
+    """The Hub, or the way to it, says no; the message never holds a token."""
+
+
 def redact(text: str) -> str:
     """Return a text with "[hidden]" for each token of the Hub, and for user and password in a URL."""
     return _SECRET.sub("[hidden]", text)
@@ -67,7 +75,9 @@ __all__ = [
     "AlibiError",
     "CheckpointFileError",
     "ConfigFieldError",
+    "HubError",
     "NotProvedError",
+    "SecretError",
     "TensorError",
     "UnknownFamilyError",
     "UnsafeSourceError",

@@ -27,7 +27,9 @@ from alibi_hf.errors import (
     AlibiError,
     CheckpointFileError,
     ConfigFieldError,
+    HubError,
     NotProvedError,
+    SecretError,
     TensorError,
     UnknownFamilyError,
     UnsafeSourceError,
@@ -35,6 +37,8 @@ from alibi_hf.errors import (
 from alibi_hf.evaluation import Evaluation, evaluate
 from alibi_hf.evaluation.reach import reach
 from alibi_hf.evaluation.reach_report import Reach
+from alibi_hf.hub.push import push
+from alibi_hf.hub.report import Push
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.model.modeling_alibi import (
     AlibiForCausalLM,
@@ -88,11 +92,14 @@ __all__ = [
     "Evaluation",
     "Export",
     "FamilyList",
+    "HubError",
     "Inspection",
     "NotEnoughMemoryError",
     "NotProvedError",
+    "Push",
     "Reach",
     "Retrofit",
+    "SecretError",
     "TensorError",
     "UnknownFamilyError",
     "UnsafeSourceError",
@@ -103,6 +110,7 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "list_families",
+    "push",
     "reach",
     "retrofit",
     "verify",

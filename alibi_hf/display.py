@@ -15,10 +15,11 @@ from alibi_hf.checkpoints.inspect import Inspection
 from alibi_hf.checkpoints.listing import FamilyInfo, FamilyList
 from alibi_hf.evaluation import Evaluation
 from alibi_hf.evaluation.reach_report import Reach
+from alibi_hf.hub.report import Push
 from alibi_hf.retrofitting import Retrofit
 from alibi_hf.verification import Verification
 
-Report = Inspection | Conversion | Export | Retrofit | Verification | FamilyList | Evaluation | Reach
+Report = Inspection | Conversion | Export | Retrofit | Verification | FamilyList | Evaluation | Reach | Push
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -35,6 +36,8 @@ def render(report: Report) -> RenderableType:
         return _retrofit(report)
     if isinstance(report, FamilyList):
         return _families(report)
+    if isinstance(report, Push):
+        return _push(report)
     return report.table()
 
 
@@ -148,6 +151,35 @@ def _export(report: Export) -> Table:
     }
     notes = {f"note {number}": note for number, note in enumerate(report.notes, 1)}
     return _pairs(str(report.output_path), rows | notes)
+
+
+def _push(report: Push) -> RenderableType:
+    files = Table(title="what would go" if report.dry_run else "what went", title_justify="left", title_style="bold")
+    files.add_column("file", overflow="fold")
+    files.add_column("size", justify="right")
+    for entry in report.files:
+        files.add_row(escape(entry.name), size(entry.bytes))
+    alike = ", ".join(entry.name for entry in report.preflight)
+    rows = {
+        "parity": report.verdict,
+        "by its own code": f"the same bits as this package: {alike}",
+        "files": f"{len(report.files)}, {size(report.bytes)}",
+        "left out": ", ".join(f"{entry.name} ({entry.reason})" for entry in report.left_out) or "nothing",
+        **_notes(report.notes),
+        **_uploaded(report),
+    }
+    return Group(files, _pairs(f"{report.folder} to {report.repo_id}", {k: escape(v) for k, v in rows.items()}))
+
+
+def _uploaded(report: Push) -> dict[str, str]:
+    if (done := report.uploaded) is None:
+        return {"dry run": "nothing was sent, and nobody was asked"}
+    return {
+        "repository": f"{'private' if done.private else 'public'}, {done.revision}",
+        "commit": f"{done.commit}, the card {done.card_commit}",
+        "deleted there": ", ".join(done.deleted) or "nothing",
+        "to look at": done.url,
+    }
 
 
 def _families(report: FamilyList) -> RenderableType:

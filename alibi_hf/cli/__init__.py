@@ -3,7 +3,7 @@
 Exit status: 0 done, 1 done but not proved, 2 bad input.
 """
 
-from . import checkpoints, measurements  # each adds its verbs to the app
+from . import checkpoints, hub, measurements  # each adds its verbs to the app
 from .running import app
 
-__all__ = ["app", "checkpoints", "measurements"]
+__all__ = ["app", "checkpoints", "hub", "measurements"]

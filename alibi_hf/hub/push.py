@@ -1,6 +1,7 @@
 """`push`: a folder in this package's layout to the Hub, after it was checked as its readers will use it."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from alibi_hf.checkpoints.conversion import own_command, versions
@@ -82,10 +83,9 @@ def push(
         uploaded = None
         if not dry_run:
             say(f"uploading {len(contents.files)} files to {repo_id}", 0, 0)
-            first = message or f"Upload {class_name} with alibi-hf"
-            uploaded = upload(
-                contents, staged, target, first, lambda commit: write_card(path, repo_id=repo_id, commit=commit)
-            )
+            write_card(path, repo_id=repo_id)  # what it cannot read stops the push here
+            make_card = partial(_card, path, repo_id)
+            uploaded = upload(contents, staged, target, message or f"Upload {class_name} with alibi-hf", make_card)
     return Push(
         folder=path,
         repo_id=repo_id,
@@ -100,6 +100,10 @@ def push(
         versions=versions(),
         command=command or own_command(),
     )
+
+
+def _card(folder: Path, repo_id: str, commit: str) -> Path:
+    return write_card(folder, repo_id=repo_id, commit=commit)
 
 
 def _notes(paths: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import DEFAULT_REVISION, ENDPOINT
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -35,7 +35,7 @@ _ADVICE = {
     409: f"Someone else wrote there at the same time. {_AGAIN}",
     412: f"Someone else wrote there at the same time. {_AGAIN}",
     413: "A file is larger than the Hub takes; convert with a smaller --max-shard-size.",
-    429: f"Too many requests: wait some minutes. {_AGAIN}",
+    429: f"Wait some minutes. {_AGAIN}",
 }
 
 
@@ -70,7 +70,7 @@ class Uploaded:
     """What the Hub made of a push.
 
     Attributes:
-        commit: the commit with model and reports, which the card names.
+        commit: the commit with model and reports, which the card names; an older one where none of them changed since.
         card_commit: the commit with the card, the same where the card there was right already.
         private: whether the repository is.
         revision: the branch, or "refs/pr/N".
@@ -116,9 +116,17 @@ def upload(
             commit_message=message,
         )
         revision = first.pr_revision or target.revision or DEFAULT_REVISION
-        last = _add_card(api, target, first, first.oid == before, revision, make_card)
+        pin = _kept_pin(api, target.repo_id, first.oid, make_card) if first.oid == before else first.oid
+        last = api.upload_file(
+            path_or_fileobj=make_card(pin),
+            path_in_repo=CARD,
+            repo_id=target.repo_id,
+            revision=revision,
+            create_pr=target.create_pr and not first.pr_revision,
+            commit_message="Add the card",
+        )
         url = first.pr_url or last.pr_url or f"{ENDPOINT}/{target.repo_id}/tree/{revision}"
-        return Uploaded(first.oid, last.oid, private, last.pr_revision or revision, url, gone)
+        return Uploaded(pin, last.oid, private, last.pr_revision or revision, url, gone)
 
 
 def _prepare(api: HfApi, target: Target) -> bool:
@@ -135,29 +143,17 @@ def _prepare(api: HfApi, target: Target) -> bool:
     return private
 
 
-def _add_card(
-    api: HfApi, target: Target, first: CommitInfo, unchanged: bool, revision: str, make_card: Callable[[str], Path]
-) -> CommitInfo:
-    """Upload the card; where nothing else changed, the commit that the one there names is kept if all else is right."""
-    pins = [first.oid]
-    if unchanged:
-        there = _card_on_hub(api, target.repo_id, first.oid)
-        pins = [pin for pin in _COMMIT.findall(there) if make_card(pin).read_text(encoding="utf-8") == there] or pins
-    return api.upload_file(
-        path_or_fileobj=make_card(pins[0]),
-        path_in_repo=CARD,
-        repo_id=target.repo_id,
-        revision=revision,
-        create_pr=target.create_pr and not first.pr_revision,
-        commit_message="Add the card",
-    )
+def _kept_pin(api: HfApi, repo_id: str, last: str, make_card: Callable[[str], Path]) -> str:
+    """The commit to name where nothing but the card may have changed: the one that is named there if all else is right.
 
-
-def _card_on_hub(api: HfApi, repo_id: str, commit: str) -> str:
+    Otherwise each push would make another commit, which names the one before it.
+    """
     try:
-        return Path(api.hf_hub_download(repo_id, CARD, revision=commit)).read_text(encoding="utf-8")
+        there = Path(api.hf_hub_download(repo_id, CARD, revision=last)).read_text(encoding="utf-8")
     except EntryNotFoundError:
-        return ""
+        return last
+    named = (pin for pin in _COMMIT.findall(there) if make_card(pin).read_text(encoding="utf-8") == there)
+    return next(named, last)
 
 
 @contextmanager
@@ -182,9 +178,9 @@ def _named_errors(target: Target) -> Iterator[None]:
 def _describe(error: HfHubHTTPError, target: Target) -> str:
     status = error.response.status_code
     advice = _ADVICE.get(status, _AGAIN if status >= 500 else "")
-    said = (getattr(error, "server_message", None) or "").strip().splitlines()
-    answer = f"{status} {error.response.reason_phrase}".strip() + (f": {said[0]}" if said else "")
-    return f"the Hub answered {answer} for {target.repo_id}. {advice}".strip()
+    said = (error.server_message or "").strip().splitlines()
+    answer = f"{status} {error.response.reason_phrase}".strip() + (f": {said[0].rstrip('.')}" if said else "")
+    return f"pushing to {target.repo_id}, the Hub answered {answer}. {advice}".strip()
 
 
 def _without_token(text: str, target: Target) -> str:

@@ -87,7 +87,7 @@ def pull_request() -> dict:
         "revisions": [*number, report.uploaded.revision],
         "main": HUB.files("team/pr") == before,
         "commits": once[-2:] == [report.uploaded.commit, report.uploaded.card_commit],
-        "again": logs("team/pr", number[0]) == once and more.uploaded.commit == once[-1],
+        "again": logs("team/pr", number[0]) == once and more.uploaded.commit == once[-2],
         "deleted": report.uploaded.deleted,
         "left": sorted(name for name in before if name in HUB.files("team/pr", number[0])),
         "url": report.uploaded.url,
@@ -183,17 +183,18 @@ def every_class() -> dict:
     model.push_to_hub("tester/fsdp")
     model.__class__ = own
     truth["tester/fsdp"] = ("AutoModelForCausalLM", model)
+    again = alibi_hf.AlibiForCausalLM.from_pretrained(FOLDER)
+    again.push_to_hub("tester/resaved")
+    truth["tester/plain"] = truth["tester/resaved"] = ("AutoModelForCausalLM", again)
     truth["tester/merged"] = ("AutoModelForCausalLM", merged())
     truth["tester/trained"] = ("AutoModelForCausalLM", trained())
     outputs = {}
     for repo_id, (auto, model) in truth.items():
         with torch.no_grad():
             outputs[repo_id] = (auto, model.eval()(IDS)[0])
-    plain = alibi_hf.AlibiForCausalLM.from_pretrained(FOLDER).eval()
-    with torch.no_grad():
-        outputs["tester/plain"] = ("AutoModelForCausalLM", plain(IDS)[0])
     torch.save(outputs, OUTPUT / "truth.pt")
-    return {repo_id: sorted(HUB.files(repo_id)) for repo_id in [*outputs, "tester/config"]}
+    pushed = {repo_id: HUB.files(repo_id) for repo_id in truth.keys() - {"tester/plain"} | {"tester/config"}}
+    return {repo_id: (sorted(files), files["README.md"].decode()) for repo_id, files in pushed.items()}
 
 
 def merged():

@@ -287,14 +287,14 @@ def pushed(converted: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_model_first_then_the_card_that_names_the_commit(pushed: dict[str, Any]) -> None:
     plain = pushed["plain"]
-    _, first, second, other, last = plain["commits"]
+    _, first, second, other = plain["commits"]
     assert plain["pushed"] == [first, second] and first in plain["card"]
     assert plain["private"] and plain["same"]
     assert set(plain["files"]) == MODEL | TOKENIZER | REPORTS | {"README.md", "LICENSE", ".gitattributes", "notes.txt"}
     assert plain["preflight"] == COMPARED
     assert len(plain["puts"][0]) == 2
-    assert plain["again"] == [second, second] and plain["puts"][1] == []  # nothing new: no commit, no weights
-    assert plain["other"] == [other, last]  # someone else's commit on top
+    assert plain["again"] == [first, second] and plain["puts"][1] == []  # nothing new: no commit, no weights
+    assert plain["other"] == [first, other]  # someone else's commit on top stays the last
 
 
 @pytest.mark.slow
@@ -352,13 +352,14 @@ def test_nothing_is_left_of_a_push_that_was_refused(pushed: dict[str, Any]) -> N
 def test_push_to_hub_of_every_class_is_complete(pushed: dict[str, Any]) -> None:
     repositories = pushed["every_class"]
     assert len(repositories) == 10
-    for repo_id, files in repositories.items():
+    for repo_id, (files, card) in repositories.items():
         assert CODE | {"config.json"} <= set(files), repo_id
+        assert "library_name: transformers" in card, repo_id
     assert set(pushed["loaded"]["again"]) >= CODE
 
 
 @pytest.mark.slow
 def test_what_was_pushed_loads_by_its_id_without_the_package(pushed: dict[str, Any]) -> None:
     loaded = pushed["loaded"]
-    assert len(loaded["equal"]) == 10 and all(loaded["equal"].values()), loaded["equal"]
+    assert len(loaded["equal"]) == 11 and all(loaded["equal"].values()), loaded["equal"]
     assert loaded["tokens"] == len("To the Hub.") and loaded["config"] == "AlibiConfig"

@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 
 OLDEST = $(VENV)-oldest
 
-.PHONY: help demo test test-oldest test-llamacpp check format cards clean
+.PHONY: help demo test test-oldest test-llamacpp fuzz check format cards clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -28,6 +28,11 @@ test-oldest: $(OLDEST)/.dev
 # GGUF files in llama.cpp itself, which pip compiles: minutes.
 test-llamacpp: $(VENV)/.llamacpp
 	$(VENV)/bin/python -m pytest tests/test_llamacpp.py
+
+# Bad files for every loader, new ones each time: FUZZ_SECONDS=600. The figures of a long run are quoted in SECURITY.md.
+FUZZ_SECONDS ?= 120
+fuzz: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

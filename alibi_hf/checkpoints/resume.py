@@ -48,8 +48,9 @@ class Journal:
         left = read_json(path)
         try:
             files = {entry["name"]: FileState(**entry) for entry in left["plan"]["files"]}
-            options, finished = left["plan"]["options"], {entry["name"]: entry for entry in left["finished"]}
-        except (KeyError, TypeError) as error:
+            options = dict(left["plan"]["options"])
+            finished = {str(entry["name"]): {**entry, "bytes": int(entry["bytes"])} for entry in left["finished"]}
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointFileError(f"{path} is no journal of this version; {_AGAIN}.") from error
         now = {entry["name"]: FileState(**entry) for entry in self.plan["files"]}
         for name in sorted(files.keys() | now.keys()):

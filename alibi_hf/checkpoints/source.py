@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import GenerationConfig
 
 from alibi_hf.checkpoints.carried import carried_files, tokenizer_code
 from alibi_hf.checkpoints.fetch import fetch
@@ -26,6 +27,7 @@ from alibi_hf.checkpoints.rules import Rule
 from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, load_pickle, main_dtype
 from alibi_hf.errors import CheckpointFileError, ConfigFieldError, TensorError, in_one_line, redact
 from alibi_hf.families import Family, find_family
+from alibi_hf.families._fields import GENERATION_FIELDS
 from alibi_hf.model.bias_alibi import alibi_slopes
 from alibi_hf.model.configuration_alibi import AlibiConfig
 
@@ -89,8 +91,7 @@ class Checkpoint:
         """
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
-        if (folder / GENERATION).exists():
-            read_json(folder / GENERATION)  # before anything is made: loading and converting need it
+        _check_generation(folder, raw)
         tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
         family, config = map_config(find, raw, list(tensors), str(folder / "config.json"))
         config = with_fields(config, config_fields)
@@ -246,6 +247,20 @@ def require_finite(name: str, tensor: Tensor) -> None:
             f"{name} holds {nan} NaN and {inf} Inf values of {tensor.numel()}; the checkpoint is damaged, or "
             f"--allow-nonfinite (allow_nonfinite=True) takes it as it is."
         )
+
+
+def _check_generation(folder: Path, raw: dict[str, Any]) -> None:
+    """`ConfigFieldError` for generation settings that Transformers refuses: what they came with could not be loaded."""
+    path = folder / GENERATION
+    values = read_json(path) if path.exists() else {name: raw[name] for name in GENERATION_FIELDS if name in raw}
+    try:
+        GenerationConfig.from_dict(values)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = path if path.exists() else folder / "config.json"
+        raise ConfigFieldError(
+            f"{where} holds generation settings that Transformers refuses ({in_one_line(error)}); correct them, or "
+            f"remove them."
+        ) from error
 
 
 def map_config(

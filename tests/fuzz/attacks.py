@@ -185,6 +185,10 @@ def texts() -> Iterator[Attack]:
         yield Attack(f"weights: {name}", "upstream", BLOOM, special(WEIGHTS, make), "CheckpointFileError", ("no file",))
     name = "generation_config.json"
     yield Attack(name, "upstream", BLOOM, text_of(name, DEEP), "CheckpointFileError", (name, "nested"))
+    odd_text = text_of(name, '{"max_new_tokens": ""}')
+    yield Attack(f"{name}: no number", "upstream", BLOOM, odd_text, "ConfigFieldError", (name, "TypeError"))
+    below = config_with(max_new_tokens=-1)
+    yield Attack("config.json: -1 tokens", "upstream", BLOOM, below, "ConfigFieldError", ("max_new_tokens", "-1"))
 
 
 def headers() -> Iterator[Attack]:
@@ -225,9 +229,8 @@ def headers() -> Iterator[Attack]:
     yield Attack("header: a layer of 5,000 digits", "upstream", BLOOM, layer, "CheckpointFileError", ("no tensor",))
     digit = entries(lambda header, name: header.update({"h.\u0660.ln.weight": header.pop(name)}))
     yield Attack("header: a layer in other digits", "upstream", BLOOM, digit, "TensorError", ("not understood",))
-    for name, file in (("300 characters", "x" * 300), ("a zero", "a\x00b.safetensors")):
-        index = json.dumps({"metadata": {}, "weight_map": {"a": file}})
-        words = ("is missing", "xxx" if "300" in name else "a")
+    for name, file, word in (("300 characters", "x" * 300, "xxx"), ("a zero", "a\x00b.safetensors", "is missing")):
+        index, words = json.dumps({"metadata": {}, "weight_map": {"a": file}}), (word,)
         yield Attack(f"{INDEX}: {name}", "sharded", MPT, text_of(INDEX, index), "CheckpointFileError", words)
 
 

@@ -34,7 +34,7 @@ def test_a_named_error_or_a_whole_model(loader):
         outcomes[run(case)] += 1
 
     try_one()
-    assert sum(count for name, count in outcomes.items() if name != "loaded") > 5, outcomes
+    assert sum(count for name, count in outcomes.items() if name != "loaded") > 2, outcomes
 
 
 @pytest.mark.parametrize("loader", STRATEGIES)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alibi_hf.checkpoints.carried import CARRIED
 from alibi_hf.checkpoints.shards import SAFETENSORS, list_tensors
-from alibi_hf.checkpoints.source import CARRIED
 from alibi_hf.errors import CheckpointFileError
 from alibi_hf.hub.card import CARD
 

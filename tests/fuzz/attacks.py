@@ -53,6 +53,9 @@ class Result:
     """What came of an attack: the errors of every way of loading, the message of the first, and what it took."""
 
     name: str
+    kind: str
+    error: str
+    words: list[str]
     errors: list[str]
     message: str
     seconds: float
@@ -316,7 +319,8 @@ def run(attack: Attack) -> Result:
                 errors.append(error)
         seconds, grown = time.monotonic() - start, peak_bytes() - peak
         kept = snapshot(folder) == before and len(list(Path(parent).iterdir())) == 1
-        return Result(attack.name, [kind_of(e) for e in errors], str(errors[0])[:2000], seconds, grown, kept)
+        wanted = (attack.name, attack.kind, attack.error, list(attack.words))
+        return Result(*wanted, [kind_of(error) for error in errors], str(errors[0]), seconds, grown, kept)
 
 
 def kind_of(error: Exception) -> str:

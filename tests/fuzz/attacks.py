@@ -191,7 +191,7 @@ def texts() -> Iterator[Attack]:
     odd_text = text_of(name, '{"max_new_tokens": ""}')
     yield Attack(f"{name}: no number", "upstream", BLOOM, odd_text, "ConfigFieldError", (name, "TypeError"))
     below = config_with(max_new_tokens=-1)
-    yield Attack("config.json: -1 tokens", "upstream", BLOOM, below, "ConfigFieldError", ("max_new_tokens", "-1"))
+    yield Attack("config.json: -1 tokens", "sharded", MPT, below, "ConfigFieldError", ("max_new_tokens", "-1"))
 
 
 def headers() -> Iterator[Attack]:

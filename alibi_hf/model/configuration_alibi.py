@@ -225,7 +225,9 @@ class AlibiConfig(PreTrainedConfig):
 
     def _validate_description(self) -> None:
         """Refuse what Transformers trips over when it loads the weights."""
-        dtype, named = self.dtype, self.architectures
+        named, dtype = self.architectures, self.dtype
+        if isinstance(dtype, str):  # a model that is saved puts its name here
+            dtype = getattr(torch, dtype, dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype!r:.200} is no floating-point dtype of torch.")
         if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):

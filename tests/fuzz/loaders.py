@@ -15,7 +15,6 @@ from pathlib import Path
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from alibi_hf.checkpoints.companions import mark_verified
 from alibi_hf.checkpoints.convert import convert
 from alibi_hf.checkpoints.export_source import Converted
 from alibi_hf.checkpoints.inspect import inspect_checkpoint
@@ -119,15 +118,6 @@ def _ours(folder: Path) -> None:
     assert opened.config.vocab_size == AlibiConfig.from_pretrained(folder).vocab_size
     model = AlibiForCausalLM.from_pretrained(folder)
     assert set(opened.tensors) <= set(model.state_dict())
-
-
-def _records(folder: Path) -> None:
-    copy = Path(shutil.copytree(folder, folder.parent / "copy"))
-    try:
-        mark_verified(copy, True)
-        Converted.open(copy)
-    finally:
-        shutil.rmtree(copy)
 
 
 LOADERS: dict[str, Callable[[Path], None]] = {

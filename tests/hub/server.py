@@ -156,7 +156,7 @@ class LoopbackHub:
         """
         command = [sys.executable, "-c", code_or_argv] if isinstance(code_or_argv, str) else list(code_or_argv)
         environment = {**self.environment(home, token), **options.pop("env", {})}
-        options = {"timeout": 300, "capture_output": True, "text": True, **options}
+        options = {"timeout": 600, "capture_output": True, "text": True, **options}
         return subprocess.run(command, env=environment, **options)
 
 

@@ -45,7 +45,8 @@ def test_every_public_name_is_there_and_documented():
 
 def test_the_version_is_the_same_everywhere():
     declared = re.search(r'^version = "(.*)"$', Path("pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert declared and alibi_hf.__version__ == declared[1] == HEADINGS[0].split(" ")[0]
+    assert declared and declared[1] == HEADINGS[0].split(" ")[0]
+    assert alibi_hf.__version__ in (declared[1], "0+unknown")  # a source tree that was never installed
 
 
 def test_the_changelog_has_releases_newest_first():

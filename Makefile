@@ -1,7 +1,8 @@
 # Two commands: `make demo` and `make test`. Both need Python >= 3.10, make and a C++ compiler (for torch.compile),
-# and make .venv when it is missing. Others: `make check`, `make format`, `make test-oldest`, `make test-llamacpp`
-# (compiles llama.cpp), `make cards`, `make clean`.
-# Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x".
+# and make .venv when it is missing. Others: `make check`, `make format`, `make cards`, `make test-matrix` (the wheel, and
+# saved folders in the oldest and newest Transformers), `make test-oldest`, `make test-llamacpp` (compiles llama.cpp),
+# `make fuzz`, `make clean`.
+# Settings: PYTHON=python3.12, VENV=folder, PYTEST_FLAGS="-k bloom -x"; FULL=1 and RECORD=1 for the matrix.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 
 OLDEST = $(VENV)-oldest
 
-.PHONY: help demo test test-oldest test-llamacpp fuzz check format cards clean
+.PHONY: help demo test test-matrix test-oldest test-llamacpp fuzz check format cards clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -20,6 +21,11 @@ demo: $(VENV)/.base
 
 test: check
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The wheel, and what saved folders compute in environments without this package. FULL=1: more of Transformers, torch and
+# Python, gigabytes of them. RECORD=1 puts the rows into the README.
+test-matrix: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.matrix $(if $(FULL),--full) $(if $(RECORD),--record)
 
 # The same tests with the oldest Transformers that is supported.
 test-oldest: $(OLDEST)/.dev
@@ -48,7 +54,7 @@ cards: $(VENV)/.base
 	$(VENV)/bin/python -m model_cards
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .venv-matrix-* build dist .pytest_cache .mypy_cache .ruff_cache
 
 # Stamp files: an installation is repeated only when one of these two files changes.
 # torch comes first and pinned, so that nothing else draws in a second build of it.

@@ -10,7 +10,9 @@ ALiBi: Press, Smith and Lewis, "Train Short, Test Long", arXiv:2108.12409.
 
 import math
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -375,8 +377,12 @@ class AlibiConfig(PreTrainedConfig):
         """Accept `output_attentions` with every backend: the weights are computed beside the output."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`; its auto_map names the code files beside it, wherever this object was loaded from."""
+        """Write `config.json` and all code files that its auto_map needs, wherever this object was loaded from."""
         self.auto_map = dict(AUTO_MAP)
+        if self._auto_class is not None:  # Transformers copies what this file imports, which the models are not
+            os.makedirs(save_directory, exist_ok=True)
+            for path in Path(__file__).parent.glob("*_alibi.py"):
+                shutil.copy(path, save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

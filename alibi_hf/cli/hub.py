@@ -41,7 +41,8 @@ def push(
     """
     with errors(), progress_bar(quiet or as_json) as progress:
         disable_progress_bars()  # two on one screen would write over each other
-        logging.set_verbosity_error()
+        if quiet:
+            logging.set_verbosity_error()
         report = alibi_hf.push(
             folder,
             repo_id,

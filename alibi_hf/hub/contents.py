@@ -107,7 +107,7 @@ def stale(names: list[str], contents: Contents) -> list[str]:
     return sorted(name for name in names if _REPLACED.fullmatch(name) and name not in contents.names)
 
 
-def stage(contents: Contents, target: Path) -> Path:
+def stage(contents: Contents, target: Path) -> None:
     """Put links to what goes into `target`, which is made; copies where the system allows no links."""
     for entry in contents.files:
         link, source = target / entry.name, contents.path(entry.name).resolve()
@@ -116,7 +116,6 @@ def stage(contents: Contents, target: Path) -> Path:
             link.symlink_to(source)
         except OSError:
             shutil.copyfile(source, link)
-    return target
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> set[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from alibi_hf.checkpoints.conversion import own_command, versions
 from alibi_hf.checkpoints.options import Progress
 from alibi_hf.errors import CheckpointFileError, NotProvedError
-from alibi_hf.hub.card import write_card
+from alibi_hf.hub.card import CARD, write_card
 from alibi_hf.hub.checks import check_layout, check_secrets, local_paths, why_not_proved
-from alibi_hf.hub.contents import list_contents, stage
+from alibi_hf.hub.contents import Contents, list_contents, stage
 from alibi_hf.hub.preflight import preflight
 from alibi_hf.hub.report import Push
 from alibi_hf.hub.upload import Target, upload
@@ -64,21 +64,13 @@ def push(
     target = Target(repo_id, private, revision, create_pr, token)
     path = Path(folder).expanduser()
     say: Progress = progress or (lambda what, done, total: None)
-    if not path.is_dir():
-        raise CheckpointFileError(f"{path} is no folder; give one that `alibi-hf convert` or save_pretrained wrote.")
-    class_name = check_layout(path)
-    contents = list_contents(path)
-    check_secrets(contents, token)
-    say("hashing the weights", 0, 0)
-    reason = why_not_proved(contents)
-    if reason and not unverified:
-        raise NotProvedError(
-            f"{path}: {reason}. Nothing was uploaded; --unverified (unverified=True) pushes it all the same."
-        )
+    say("reading and hashing", 0, 0)
+    class_name, contents, reason = _checked(path, token, unverified)
     with tempfile.TemporaryDirectory(prefix="alibi-hf-push-") as scratch:
-        staged = stage(contents, Path(scratch) / "staged")
+        staged, workspace = Path(scratch) / "staged", Path(scratch) / "workspace"
+        stage(contents, staged)
+        workspace.mkdir()
         say("loading it by its own code alone", 0, 0)
-        (workspace := Path(scratch) / "workspace").mkdir()
         agreements = preflight(staged, class_name, workspace)
         uploaded = None
         if not dry_run:
@@ -86,6 +78,7 @@ def push(
             write_card(path, repo_id=repo_id)  # what it cannot read stops the push here
             make_card = partial(_card, path, repo_id)
             uploaded = upload(contents, staged, target, message or f"Upload {class_name} with alibi-hf", make_card)
+            contents = list_contents(path)  # with the card
     return Push(
         folder=path,
         repo_id=repo_id,
@@ -94,7 +87,7 @@ def push(
         files=contents.files,
         left_out=contents.left_out,
         preflight=agreements,
-        notes=_notes(local_paths(contents)),
+        notes=_notes(contents),
         dry_run=dry_run,
         uploaded=uploaded,
         versions=versions(),
@@ -102,12 +95,32 @@ def push(
     )
 
 
+def _checked(folder: Path, token: str | bool | None, unverified: bool) -> tuple[str, Contents, str]:
+    """The class that a folder was saved from, what of it goes, and why it is not proved, "" if it is."""
+    if not folder.is_dir():
+        raise CheckpointFileError(f"{folder} is no folder; give one that `alibi-hf convert` or save_pretrained wrote.")
+    class_name = check_layout(folder)
+    contents = list_contents(folder)
+    check_secrets(contents, token)
+    reason = why_not_proved(contents)
+    if reason and not unverified:
+        raise NotProvedError(
+            f"{folder}: {reason}. Nothing was uploaded; --unverified (unverified=True) pushes it all the same."
+        )
+    return class_name, contents, reason
+
+
 def _card(folder: Path, repo_id: str, commit: str) -> Path:
     return write_card(folder, repo_id=repo_id, commit=commit)
 
 
-def _notes(paths: list[str]) -> list[str]:
-    return [f"paths of this machine can be read in {', '.join(paths)}"] if paths else []
+def _notes(contents: Contents) -> list[str]:
+    notes = []
+    if paths := local_paths(contents):
+        notes.append(f"paths of this machine can be read in {', '.join(paths)}")
+    if CARD not in contents.names:
+        notes.append(f"{CARD}, which is missing, will be made")
+    return notes
 
 
 __all__ = ["push"]

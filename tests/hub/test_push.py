@@ -331,7 +331,7 @@ def test_an_interrupted_upload_goes_on(pushed: dict[str, Any]) -> None:
         ("other", "403 .*right to that name"),
         ("404", "404 .*no such repository or revision"),
         ("public", "exists and is public.*Nothing was uploaded"),
-        ("429", "429 .*wait"),
+        ("429", "429 .*Wait"),
         ("503", "503 .*Push again"),
         ("drop", "failed .*Push again"),
     ],

@@ -120,7 +120,7 @@ def _changed_code(folder: Path) -> str:
     ours = {path.name: path.read_bytes() for path in PACKAGE_CODE.glob(CODE)}
     held = {path.name: path.read_bytes() for path in folder.glob(CODE)}
     if wrong := sorted(name for name in ours.keys() | held.keys() if ours.get(name) != held.get(name)):
-        return f"{', '.join(wrong)} differ from this package's code, which was what the proof ran; {_SAVE_AGAIN}"
+        return f"{', '.join(wrong)} differ from this package's code, which was what the proof ran; convert it again"
     return ""
 
 

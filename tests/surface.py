@@ -19,6 +19,8 @@ import alibi_hf
 from alibi_hf import AlibiConfig, errors
 from alibi_hf.cli import app
 from alibi_hf.cli import running as cli_running
+from alibi_hf.hub.contents import LeftOut
+from alibi_hf.hub.upload import Uploaded
 from tests.builders import bloom, tokenizer
 from tests.retrofitting.sources import gpt2
 
@@ -135,8 +137,16 @@ def reports(folder: Path) -> dict[str, Any]:
         "reach.json": alibi_hf.reach(folder / "out", text, lengths=[64]),
         "retrofit.json": alibi_hf.retrofit(gpt2(folder / "gpt2", heads=2, layers=1), folder / "retrofitted"),
         "export.json": alibi_hf.export(folder / "out", folder / "back", "bloom"),
+        "push.json": pushed(folder / "out"),
     }
     return {name: schema(json.loads(json.dumps(report.to_dict()))) for name, report in made.items()}
+
+
+def pushed(folder: Path) -> Any:
+    """Return the report of a push, of which only the sending is made up."""
+    report = alibi_hf.push(folder, "owner/name", dry_run=True, unverified=True)
+    uploaded = Uploaded("commit", "commit", False, "main", "https://...", ["old.safetensors"])
+    return dataclasses.replace(report, uploaded=uploaded, notes=["a sentence"], left_out=[LeftOut("name", "why")])
 
 
 def schema(value: Any, path: str = "") -> Any:

@@ -60,7 +60,7 @@ def printable(text: str) -> str:
     if len(text) > _LONGEST:
         left_out = len(text) - _LONGEST
         text = f"{text[: _LONGEST - _END]} [{left_out} characters left out] {text[-_END:]}"
-    if all(each.isprintable() for each in text.splitlines()):
+    if all(each.isprintable() for each in text.split("\n")):
         return text
     return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 

@@ -20,7 +20,7 @@ from alibi_hf.checkpoints.megatron import layer_files
 from alibi_hf.checkpoints.own_config import own_config
 from alibi_hf.checkpoints.rules import Copy
 from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS
-from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_rounding, map_config, with_fields
+from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_generation, check_rounding, map_config, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.families import find_family
 from alibi_hf.model.configuration_alibi import AlibiConfig
@@ -128,6 +128,9 @@ def _check_own(source: Any, raw: dict[str, Any] | None, kwargs: dict[str, Any]) 
     """Refuse a bad config.json in our own layout by name, before Transformers reads it."""
     if raw is not None and raw.get("model_type") == AlibiConfig.model_type and kwargs.get("config") is None:
         own_config(raw, f"config.json of {source}")
+        folder = Path(source).expanduser() / (kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_generation(folder, raw)
 
 
 def _need_metadata(folder: Path) -> None:

@@ -91,7 +91,7 @@ class Checkpoint:
         """
         folder, commit = locate(path_or_id, revision, allow_pickle)
         raw = read_json(folder / "config.json")
-        _check_generation(folder, raw)
+        check_generation(folder, raw)
         tensors = (list_layer_files if layer_files(folder) else list_tensors)(folder, allow_pickle)
         family, config = map_config(find, raw, list(tensors), str(folder / "config.json"))
         config = with_fields(config, config_fields)
@@ -249,7 +249,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_generation(folder: Path, raw: dict[str, Any]) -> None:
+def check_generation(folder: Path, raw: dict[str, Any]) -> None:
     """`ConfigFieldError` for generation settings that Transformers refuses: what they came with could not be loaded."""
     path = folder / GENERATION
     values = read_json(path) if path.exists() else {name: raw[name] for name in GENERATION_FIELDS if name in raw}
@@ -324,4 +324,4 @@ def locate(path_or_id: str | Path, revision: str | None, allow_pickle: bool) -> 
     return local, local.name
 
 
-__all__ = ["Checkpoint", "check_rounding", "locate", "map_config", "require_finite", "with_fields"]
+__all__ = ["Checkpoint", "check_generation", "check_rounding", "locate", "map_config", "require_finite", "with_fields"]

@@ -36,6 +36,8 @@ def test_a_named_error_or_a_whole_model(loader):
 
 def test_the_figures_that_are_told():
     """SECURITY.md has the figures of the last long run, which found nothing."""
+    if not FIGURES.exists():
+        pytest.skip("no long run yet: make fuzz")
     loaders = json.loads(FIGURES.read_text())["loaders"]
     assert list(loaders) == list(STRATEGIES) and table(loaders) in SECURITY.read_text(encoding="utf-8")
     for found in loaders.values():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.checkpoints.writer import JOURNAL, Entry, _header
 from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, TensorError
 from alibi_hf.model.configuration_alibi import LARGEST, AlibiConfig
+from alibi_hf.model.modeling_alibi import AlibiForCausalLM
 from tests.builders import bloom, falcon
+from tests.fuzz.loaders import good
 
 TERABYTE = 1 << 40
 
@@ -110,14 +113,14 @@ def test_a_header_of_many_tensors_is_read(tmp_path):
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path):
-    name = "\x1b]0;owned\x07\x1b[2J" + "x" * 10_000
+    name = "\x1b]0;owned\x07\x1b[2J\x85\u2028" + "x" * 10_000
     folder = bloom(tmp_path / "source")
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, name: 1}))
     with pytest.raises(ConfigFieldError) as caught:
         Checkpoint.open(folder)
     said = str(caught.value)
-    assert "\\x1b]0;owned\\x07\\x1b[2J" in said and said.endswith("cannot be expressed.")
+    assert "\\x1b]0;owned\\x07\\x1b[2J\\x85\\u2028" in said and said.endswith("cannot be expressed.")
     assert said.isprintable() and len(said) < 2100 and "characters left out" in said
 
 
@@ -160,3 +163,11 @@ def test_a_journal_that_is_none(tmp_path, left):
     (tmp_path / JOURNAL).write_text(json.dumps(left))
     with pytest.raises(CheckpointFileError, match="is no journal of this version"):
         Journal(tmp_path, [], {}).read()
+
+
+@pytest.mark.parametrize("text", ["0", '{"max_new_tokens": ""}'])
+def test_generation_settings_beside_our_own_layout(tmp_path, text):
+    folder = Path(shutil.copytree(good("ours", "bloom"), tmp_path / "ours"))
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(AlibiError, match="generation_config.json"):
+        AlibiForCausalLM.from_pretrained(folder)

@@ -50,7 +50,8 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
         AlibiError: its subclasses, where the source is an upstream checkpoint that cannot be loaded.
     """
     raw = None if source is None or kwargs.get("gguf_file") else _raw_config(source, kwargs)
-    if raw is None or raw.get("model_type") in (None, AlibiConfig.model_type):
+    named = None if raw is None else raw.get("model_type")
+    if raw is None or named == AlibiConfig.model_type or (named is None and kwargs.get("config") is not None):
         _check_own(source, raw, kwargs)
         return None
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}

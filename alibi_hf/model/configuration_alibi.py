@@ -234,6 +234,9 @@ class AlibiConfig(PreTrainedConfig):
             raise ValueError(f"dtype={dtype!r:.200} is no floating-point dtype of torch.")
         if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
             raise ValueError(f"architectures={named!r:.200} is no list of class names.")
+        for part in ("decoder", "generator", "text_config", "text_encoder"):
+            if getattr(self, part, None) is not None:
+                raise ValueError(f"{part}={getattr(self, part)!r:.200} is not supported: the decoder is all there is.")
 
     def _validate_sizes(self) -> None:
         for name, largest in LARGEST.items():

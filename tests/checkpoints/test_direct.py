@@ -1,5 +1,6 @@
 """`from_pretrained` on upstream folders: all heads, shards, dtypes, device_map, saving."""
 
+import json
 import shutil
 
 import pytest
@@ -181,6 +182,21 @@ def test_leftovers_missing_and_foreign_are_errors(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnknownFamilyError, match=r"llama"):
         AlibiForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("build", FAMILIES.values())
+def test_a_config_without_a_model_type_goes_by_its_class_or_is_refused(build, tmp_path):
+    """Transformers would take it for our layout, and make a model of the default size."""
+    folder = build(tmp_path / "source")
+    expected, path = logits(AlibiForCausalLM.from_pretrained(folder)), folder / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["model_type"]
+    path.write_text(json.dumps(raw))
+    assert torch.equal(logits(AlibiForCausalLM.from_pretrained(folder)), expected)
+    del raw["architectures"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UnknownFamilyError, match=r"model_type=None"):
+        AlibiForCausalLM.from_pretrained(folder)
 
 
 def test_pickles_only_on_request(tmp_path):

@@ -52,6 +52,7 @@ REFUSED = {
     "slopes count": ({"num_attention_heads": 4, "alibi_slopes": [0.5]}, "alibi_slopes has 1 entries.* is 4"),
     "slopes sign": ({"num_attention_heads": 2, "alibi_slopes": [0.5, -1.0]}, "must be finite and not negative"),
     "slopes nan": ({"num_attention_heads": 2, "alibi_slopes": [0.5, float("nan")]}, "must be finite and not negative"),
+    "parts": ({"text_config": {"vocab_size": 9}}, "text_config=.*is not supported"),
     "slopes unread": ({"alibi": False, "num_attention_heads": 1, "alibi_slopes": [0.5]}, "alibi_slopes=.*alibi=False"),
     "scaling unread": ({"alibi": False, "alibi_scaling": {"type": "linear", "factor": 2}}, "alibi_scaling=.*=False"),
     "distance unread": ({"alibi": False, "alibi_distance": "sqrt"}, "alibi_distance='sqrt' with alibi=False"),

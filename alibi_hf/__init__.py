@@ -2,7 +2,7 @@
 
 Importing the package registers `AlibiConfig` and the models with Transformers' Auto classes, and lets
 `AlibiForCausalLM.from_pretrained` read folders in an upstream layout; where PEFT is installed, it learns which modules
-of these models to adapt. Nothing else happens.
+of these models to adapt, and `transformers serve` finds the models by their names. Nothing else happens.
 """
 
 from importlib.metadata import PackageNotFoundError, version

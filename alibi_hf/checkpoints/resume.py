@@ -49,7 +49,9 @@ class Journal:
         try:
             files = {entry["name"]: FileState(**entry) for entry in left["plan"]["files"]}
             options = dict(left["plan"]["options"])
-            finished = {str(entry["name"]): {**entry, "bytes": int(entry["bytes"])} for entry in left["finished"]}
+            finished = {str(entry["name"]): {**entry} for entry in left["finished"]}
+            if not all(isinstance(entry.get("bytes", 0), int) for entry in finished.values()):
+                raise TypeError("bytes that are no number")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointFileError(f"{path} is no journal of this version; {_AGAIN}.") from error
         now = {entry["name"]: FileState(**entry) for entry in self.plan["files"]}
@@ -62,7 +64,7 @@ class Journal:
     @property
     def bytes(self) -> int:
         """Bytes of the finished shards."""
-        return sum(file["bytes"] for file in self.finished.values())
+        return sum(file.get("bytes", 0) for file in self.finished.values())
 
     def require_same_source(self, source: Path) -> None:
         """`CheckpointFileError` where a file of the source is no longer what it was when the run started."""
@@ -86,9 +88,9 @@ class Journal:
     def intact(self, name: str) -> dict[str, Any] | None:
         """What was written down about a shard if it is finished and its bytes still have that hash, else None."""
         file, path = self.finished.get(name), self.folder / name
-        if file is None or not path.is_file() or path.stat().st_size != file["bytes"]:
+        if file is None or not path.is_file() or path.stat().st_size != file.get("bytes"):
             return None
-        return file if sha256_of(path) == file["sha256"] else None
+        return file if sha256_of(path) == file.get("sha256") else None
 
 
 def _need_same(what: str, before: Any, now: Any) -> None:

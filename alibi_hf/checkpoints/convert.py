@@ -78,8 +78,9 @@ def _check_device(device: str) -> None:
 
 def _write_card(folder: Path) -> None:
     from alibi_hf.hub.card import write_card  # cards tell of verifications
+    from alibi_hf.hub.card_facts import CardFacts
 
-    write_card(folder)
+    write_card(folder, facts=CardFacts.read(folder, written=True))
 
 
 def _verify(conversion: Conversion, source: str | Path, layerwise: bool, options: dict[str, Any]) -> None:

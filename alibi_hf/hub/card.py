@@ -17,9 +17,10 @@ from alibi_hf.checkpoints.writer import write_json
 from alibi_hf.errors import AlibiError, CheckpointFileError, in_one_line
 from alibi_hf.hub import card_tables
 from alibi_hf.hub.card_examples import examples
-from alibi_hf.hub.card_facts import CONVERSION, RETROFIT, CardFacts
+from alibi_hf.hub.card_facts import CardFacts
 from alibi_hf.hub.card_metadata import metadata
 from alibi_hf.hub.citations import bibtex
+from alibi_hf.hub.proof import CONVERSION, RETROFIT
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -34,7 +35,12 @@ _VERDICT = re.compile(r"(?<=^<!-- verdict -->\n).*?(?=^<!-- /verdict -->$)", re.
 
 
 def write_card(
-    folder: str | Path, *, repo_id: str | None = None, commit: str | None = None, template: str | Path | None = None
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    commit: str | None = None,
+    template: str | Path | None = None,
+    facts: CardFacts | None = None,
 ) -> Path:
     """Write `README.md` of a folder in this package's layout from what is in it, and return its path.
 
@@ -49,6 +55,7 @@ def write_card(
         commit: hash of the commit that the examples pin.
         template: a Jinja template to use in place of `card.md` beside this file, whose variables it may use. It is the
             caller's own: what it says is run.
+        facts: of the folder, if they were read already; reading them hashes the weights.
 
     Raises:
         CheckpointFileError: where a file of the folder or the template cannot be read; ConfigFieldError for its config.
@@ -56,9 +63,8 @@ def write_card(
     """
     _check(repo_id, commit)
     path = Path(folder) / CARD
-    facts = CardFacts.read(Path(folder))
     try:
-        made = _make(facts, repo_id, commit, Path(template) if template else TEMPLATE)
+        made = _make(facts or CardFacts.read(Path(folder)), repo_id, commit, Path(template) if template else TEMPLATE)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointFileError(
             f"a record of {folder} is not what this package writes ({in_one_line(error)}); take it away, or make it "
@@ -74,7 +80,7 @@ def mark_verified(folder: str | Path, proved: bool) -> None:
     """Write the verdict of a later verification into `conversion.json` and onto the card of a converted folder."""
     record = Path(folder) / CONVERSION
     if record.is_file():
-        files = CardFacts.read(Path(folder)).files  # the verdict is about the weights that are there now
+        files = CardFacts.read(Path(folder)).files  # those that were verified
         write_json(record, {**read_json(record), "output": {"files": files}, "verified": proved})
         write_card(folder)
 

@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from alibi_hf.checkpoints.conversion import FILE as CONVERSION
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.own_config import read_own_config
 from alibi_hf.checkpoints.shards import TensorInfo, describe_file, list_tensors, main_dtype
@@ -20,15 +19,11 @@ from alibi_hf.errors import CheckpointFileError, ConfigFieldError
 from alibi_hf.evaluation.report import Evaluation, ModelEvaluation
 from alibi_hf.families import all_families
 from alibi_hf.families._about import About
+from alibi_hf.hub.proof import CONVERSION, RETROFIT, VERIFICATION, why_not_proved
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification.report import Check, Control
 
-RETROFIT, VERIFICATION, EVALUATION, PICTURE = (
-    "retrofit.json",
-    "verification.json",
-    "evaluation.json",
-    "evaluation.png",
-)
+EVALUATION, PICTURE = "evaluation.json", "evaluation.png"
 # The task of each class, as the Hub names it, and as PEFT does.
 TASKS = {
     "AlibiForCausalLM": ("text-generation", "CAUSAL_LM"),
@@ -53,6 +48,7 @@ class CardFacts:
         retrofitted: whether the record is `retrofit.json`.
         verification: `verification.json`; empty where there is none.
         evaluation: `evaluation.json`, None where there is none.
+        written: whether this process wrote the weights, with their hashes in the record.
     """
 
     folder: Path
@@ -63,10 +59,11 @@ class CardFacts:
     retrofitted: bool
     verification: dict[str, Any]
     evaluation: Evaluation | None
+    written: bool = False
 
     @classmethod
-    def read(cls, folder: Path) -> "CardFacts":
-        """Read a folder.
+    def read(cls, folder: Path, written: bool = False) -> "CardFacts":
+        """Read a folder; `written` spares hashing weights that this process wrote.
 
         Raises:
             CheckpointFileError: where config, weights or a record cannot be read.
@@ -88,6 +85,7 @@ class CardFacts:
             retrofitted=retrofitted,
             verification=_record(folder / VERIFICATION),
             evaluation=_evaluation(folder / EVALUATION),
+            written=written,
         )
 
     @property
@@ -145,24 +143,15 @@ class CardFacts:
 
     @cached_property
     def files(self) -> list[dict[str, Any]]:
-        """Name, SHA-256 and bytes of every weight file.
+        """Name, SHA-256 and bytes of every weight file, as it is now."""
+        if self.written:
+            return sorted(self.record["output"]["files"], key=lambda file: file["name"])
+        return [describe_file(path) for path in sorted({info.shard for info in self.tensors.values()})]
 
-        Those of the record hold where no file was written after it; others are computed.
-        """
-        paths = sorted({info.shard for info in self.tensors.values()})
-        recorded = self.record.get("output", {}).get("files", [])
-        sizes = {file["name"]: file["bytes"] for file in recorded}
-        if recorded and sizes == {path.name: path.stat().st_size for path in paths}:
-            written = (self.folder / (RETROFIT if self.retrofitted else CONVERSION)).stat().st_mtime_ns
-            if all(path.stat().st_mtime_ns <= written for path in paths):
-                return sorted(recorded, key=lambda file: file["name"])
-        return [describe_file(path) for path in paths]
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the weights are those that the record tells of."""
-        recorded = {file["name"]: file["sha256"] for file in self.record.get("output", {}).get("files", [])}
-        return recorded == {file["name"]: file["sha256"] for file in self.files}
+    @cached_property
+    def why_not_proved(self) -> str:
+        """Why it is not the folder whose parity was proved; "" where it is."""
+        return why_not_proved(self.folder, self.files)
 
     @property
     def tokenizer(self) -> dict[str, Any] | None:
@@ -216,4 +205,4 @@ def _evaluation(path: Path) -> Evaluation | None:
         ) from error
 
 
-__all__ = ["CONVERSION", "EVALUATION", "PICTURE", "TASKS", "CardFacts"]
+__all__ = ["EVALUATION", "PICTURE", "TASKS", "CardFacts"]

@@ -6,9 +6,10 @@ from typing import Any
 from alibi_hf.evaluation.findings import of_protocol
 from alibi_hf.evaluation.report import Reading
 from alibi_hf.evaluation.table import bits, perplexity
-from alibi_hf.hub.card_facts import CONVERSION, PICTURE, CardFacts
+from alibi_hf.hub.card_facts import PICTURE, CardFacts
 from alibi_hf.hub.card_metadata import HUB
 from alibi_hf.hub.card_text import bullets, code, plain, table
+from alibi_hf.hub.proof import CONVERSION
 from alibi_hf.verification.render import COLUMNS, ON_TERMINAL, check_cells, control_cells, number, telling
 
 _RIGHT = (2, 3, 4, 5)
@@ -28,11 +29,8 @@ def verdict(facts: CardFacts) -> str:
         return "**Not verified**: no verification was run."
     if not verified:
         return "**Not verified**: the verification failed; see `verification.md` before using this checkpoint."
-    if not facts.unchanged:
-        return f"**Not verified**: the weights are not those of `{CONVERSION}`; they were changed after it was written."
-    if proof.get("verdict", "proved") != "proved":
-        said = plain(str(proof["verdict"]))
-        return f"**Not verified**: `{CONVERSION}` says that it was, and `verification.json` says {said}."
+    if facts.why_not_proved:
+        return f"**Not verified**: {plain(facts.why_not_proved)}."
     reference = proof.get("reference", {}).get("class")
     against = f" It was compared with {code(reference)} in float64.{_nearest(facts)}" if reference else ""
     return f"**Verified**: `verification.md` shows how near it is to upstream.{against}"

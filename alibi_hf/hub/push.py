@@ -8,7 +8,8 @@ from alibi_hf.checkpoints.conversion import own_command, versions
 from alibi_hf.checkpoints.options import Progress
 from alibi_hf.errors import CheckpointFileError, NotProvedError
 from alibi_hf.hub.card import CARD, write_card
-from alibi_hf.hub.checks import check_layout, check_secrets, local_paths, why_not_proved
+from alibi_hf.hub.card_facts import CardFacts
+from alibi_hf.hub.checks import check_layout, check_secrets, local_paths
 from alibi_hf.hub.contents import Contents, list_contents, stage
 from alibi_hf.hub.preflight import preflight
 from alibi_hf.hub.report import Push
@@ -65,7 +66,8 @@ def push(
     path = Path(folder).expanduser()
     say: Progress = progress or (lambda what, done, total: None)
     say("reading and hashing", 0, 0)
-    class_name, contents, reason = _checked(path, token, unverified)
+    facts, contents = _checked(path, token, unverified)
+    class_name, reason = facts.architecture, facts.why_not_proved
     with tempfile.TemporaryDirectory(prefix="alibi-hf-push-") as scratch:
         staged, workspace = Path(scratch) / "staged", Path(scratch) / "workspace"
         stage(contents, staged)
@@ -75,8 +77,8 @@ def push(
         uploaded = None
         if not dry_run:
             say(f"uploading {len(contents.files)} files to {repo_id}", 0, 0)
-            write_card(path, repo_id=repo_id)  # what it cannot read stops the push here
-            make_card = partial(_card, path, repo_id)
+            make_card = partial(_card, facts, repo_id)
+            make_card(None)  # what it cannot read stops the push here
             uploaded = upload(contents, staged, target, message or f"Upload {class_name} with alibi-hf", make_card)
             contents = list_contents(path)  # with the card
     return Push(
@@ -95,23 +97,23 @@ def push(
     )
 
 
-def _checked(folder: Path, token: str | bool | None, unverified: bool) -> tuple[str, Contents, str]:
-    """The class that a folder was saved from, what of it goes, and why it is not proved, "" if it is."""
+def _checked(folder: Path, token: str | bool | None, unverified: bool) -> tuple[CardFacts, Contents]:
+    """What a folder says of itself, and what of it goes."""
     if not folder.is_dir():
         raise CheckpointFileError(f"{folder} is no folder; give one that `alibi-hf convert` or save_pretrained wrote.")
-    class_name = check_layout(folder)
+    check_layout(folder)
     contents = list_contents(folder)
     check_secrets(contents, token)
-    reason = why_not_proved(contents)
-    if reason and not unverified:
+    facts = CardFacts.read(folder)
+    if (reason := facts.why_not_proved) and not unverified:
         raise NotProvedError(
             f"{folder}: {reason}. Nothing was uploaded; --unverified (unverified=True) pushes it all the same."
         )
-    return class_name, contents, reason
+    return facts, contents
 
 
-def _card(folder: Path, repo_id: str, commit: str) -> Path:
-    return write_card(folder, repo_id=repo_id, commit=commit)
+def _card(facts: CardFacts, repo_id: str, commit: str | None) -> Path:
+    return write_card(facts.folder, repo_id=repo_id, commit=commit, facts=facts)
 
 
 def _notes(contents: Contents) -> list[str]:

@@ -13,6 +13,7 @@ from alibi_hf.checkpoints.source import Checkpoint
 from alibi_hf.errors import AlibiError, UnknownFamilyError
 from alibi_hf.families import find_family
 from alibi_hf.hub.card import write_card
+from alibi_hf.hub.card_facts import CardFacts
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.retrofitting import gpt2, llama, mistral
 from alibi_hf.retrofitting.layout import Layout
@@ -86,7 +87,7 @@ def retrofit(
             notes.append(f"the weights were not checked: {unchecked or 'the logits of the source are not finite'}")
         report = _report(checkpoint, out, made, checks, notes, command)
         report.save(made.folder)
-        write_card(made.folder)
+        write_card(made.folder, facts=CardFacts.read(made.folder, written=True))
     return report
 
 

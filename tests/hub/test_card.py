@@ -76,12 +76,12 @@ def test_the_verdict_follows_the_files(folder):
     prove(folder)
     mark_verified(folder, True)
     weights(folder)
-    assert "**Not verified**: the weights are not those of `conversion.json`" in card_of(folder)
+    assert "**Not verified**: model.safetensors changed since it was converted" in card_of(folder)
     assert f"`{sha256_of(folder / 'model.safetensors')}`" in (folder / CARD).read_text()
     mark_verified(folder, True)  # they were verified again
     assert "**Verified**" in (folder / CARD).read_text()
     change(folder / "verification.json", verdict="not proved")
-    assert "`verification.json` says not proved" in card_of(folder)
+    assert "**Not verified**: verification.json says 'not proved'." in card_of(folder)
     prove(folder, proved=False)
     mark_verified(folder, False)
     assert "**Not verified**: the verification failed" in (folder / CARD).read_text()
@@ -90,15 +90,31 @@ def test_the_verdict_follows_the_files(folder):
     assert "**Not verified**: there is no `conversion.json`" in card_of(folder)
 
 
-def test_old_weights_in_new_files_are_hashed_again(folder):
-    """The record's hashes hold only as long as no weight file is younger."""
+def test_other_weights_of_the_same_size_and_age_are_noticed(folder):
     prove(folder)
     mark_verified(folder, True)
+    path = folder / "model.safetensors"
+    age = path.stat().st_mtime_ns
     weights(folder)
-    record = folder / "conversion.json"
-    written = record.stat().st_mtime_ns
-    os.utime(folder / "model.safetensors", ns=(written + 1, written + 1))
-    assert "Not verified" in card_of(folder)
+    os.utime(path, ns=(age, age))
+    assert "**Not verified**: model.safetensors changed" in card_of(folder)
+    assert f"`{sha256_of(path)}`" in (folder / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: change(folder / "config.json", alibi_bias_max=16), "alibi\\_bias\\_max is 16, not 8"),
+        (lambda folder: (folder / "bias_alibi.py").write_text("\n"), "bias\\_alibi.py differ from this package's code"),
+        (lambda folder: (folder / "verification.json").unlink(), "it holds no verification.json"),
+    ],
+)
+def test_what_push_would_not_call_proved_is_not_verified_on_the_card(folder, spoil, reason):
+    prove(folder)
+    mark_verified(folder, True)
+    spoil(folder)
+    card = card_of(folder)
+    assert "**Not verified**" in card and "**Verified**" not in card and reason in card
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ _LONG = 2  # times the training length
 
 
 def examples(facts: CardFacts, repo_id: str | None, commit: str | None) -> dict[str, str]:
-    """Return the examples by name: "load", "package", "padding", "long" and "lora".
+    """Return the examples by name: "load", "package", "padding", "long" ("" where it is impossible) and "lora".
 
     Args:
         facts: of the folder.
@@ -83,7 +83,9 @@ def _padding(facts: CardFacts) -> str:
 
 
 def _long(facts: CardFacts) -> str:
-    """Twice as many tokens as it was trained on."""
+    """Twice as many tokens as it was trained on; "" where it takes no more than those."""
+    if facts.config.learned_positions:
+        return ""
     length = _LONG * facts.config.max_position_embeddings
     lines = ["import torch", ""]
     if facts.tokenizer is not None:

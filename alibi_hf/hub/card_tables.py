@@ -56,7 +56,6 @@ def description(facts: CardFacts) -> str:
     config = facts.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     shared = "" if groups == heads else f" on {groups} key/value heads"
-    bias = "ALiBi" if config.alibi else "no ALiBi"
     origin = ""
     if facts.source_name:
         done = "retrofitted with ALiBi from" if facts.retrofitted else "converted from"
@@ -65,9 +64,21 @@ def description(facts: CardFacts) -> str:
     return (
         f"A decoder of {facts.parameters:,} parameters ({facts.dtype}): {config.num_hidden_layers} layers, width "
         f"{config.hidden_size}, {heads} heads{shared}, {config.vocab_size:,} tokens in the vocabulary. Positions come "
-        f"from {bias} ({config.alibi_distance} distance); it was made for {config.max_position_embeddings:,} tokens, "
-        f"and longer inputs are allowed.{origin}"
+        f"from {_positions(facts)}; it was made for {config.max_position_embeddings:,} tokens, and longer inputs are "
+        f"{'refused' if config.learned_positions else 'allowed'}.{origin}"
     )
+
+
+def _positions(facts: CardFacts) -> str:
+    """What tells the model where a token is: a model with another encoding beside or in place of ALiBi says so."""
+    config = facts.config
+    kinds = {
+        f"ALiBi ({config.alibi_distance} distance)": config.alibi,
+        "a table of learned embeddings": config.learned_positions,
+        "sinusoidal embeddings": config.sinusoidal_positions,
+        "rotary embeddings": config.rope_parameters is not None,
+    }
+    return " and ".join(kind for kind, there in kinds.items() if there) or "the causal mask alone"
 
 
 def _source(facts: CardFacts) -> str:
@@ -132,9 +143,10 @@ def limits(facts: CardFacts) -> str:
     measured = (
         "the table above shows how well it reads them" if facts.reading else "how well it reads them was not measured"
     )
-    lines = [
-        f"Past {config.max_position_embeddings:,} tokens, its training length, it goes on with a notice; {measured}."
-    ]
+    trained = f"{config.max_position_embeddings:,} tokens, its training length"
+    lines = [f"Past {trained}, it goes on with a notice; {measured}."]
+    if config.learned_positions:
+        lines = [f"It reads no more than {trained}: there are learned embeddings for that many positions."]
     if family in _COUNTS_MASKED:
         lines.append(
             "Masked tokens inside a row are not counted as distance; upstream counts them. Padding at either end is no "

@@ -38,7 +38,7 @@ def check_layout(folder: Path) -> str:
     if raw.get("auto_map") != AUTO_MAP:
         wrong = first_difference(raw.get("auto_map"), AUTO_MAP)
         raise ConfigFieldError(f"{path} has an auto_map in which {wrong}: {_SAVE_AGAIN}.")
-    for name, value in _strings(raw):
+    for name, value in _strings({field: value for field, value in raw.items() if field != "id2label"}):
         if _PATH.fullmatch(value):
             raise ConfigFieldError(f"{path} says {name}={value!r}, a path of this machine; remove the field.")
     _check_code(folder)

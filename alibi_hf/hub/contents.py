@@ -28,8 +28,11 @@ REPORTS = (
     "*.svg",
 )
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-# What an earlier push of the same model may have left on the Hub: loaded in the place of what goes now.
-_REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|[a-z]+_alibi\.py")
+# What an earlier push may have left on the Hub: loaded in the place of what goes now, or a record of other weights.
+_REPLACED = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|[a-z]+_alibi\.py|"
+    r"adapter_config\.json|(conversion|retrofit|verification)\.(json|md|html)"
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def list_contents(folder: Path) -> Contents:
 
 
 def stale(names: list[str], contents: Contents) -> list[str]:
-    """Of the `names` on the Hub, the weights and code files that the folder no longer has."""
+    """Of the `names` on the Hub, the weights, code files and records that the folder no longer has."""
     return sorted(name for name in names if _REPLACED.fullmatch(name) and name not in contents.names)
 
 

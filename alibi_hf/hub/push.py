@@ -38,9 +38,9 @@ def push(
     model in memory at a time, in its stored dtype, on CPU.
 
     Then there are two commits: model and reports, and the card, which names the first as the revision to load. The card
-    in the folder is the one that was pushed. Of weights and code that are on the Hub already, those that the folder no
-    longer has are deleted, as they would be loaded in its place; other files there stay. A push that was cut off is
-    started again, and sends only what the Hub lacks.
+    in the folder is the one that was pushed. Of weights, code and records that are on the Hub already, those that the
+    folder no longer has are deleted, as they would be loaded in its place, or tell of other weights; other files there
+    stay. A push that was cut off is started again, and sends only what the Hub lacks.
 
     Args:
         folder: a folder in this package's layout, from `convert` or `save_pretrained`.

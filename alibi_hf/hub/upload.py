@@ -75,7 +75,7 @@ class Uploaded:
         private: whether the repository is.
         revision: the branch, or "refs/pr/N".
         url: of what was written.
-        deleted: weights and code files of an earlier push that were taken away.
+        deleted: weights, code files and records of an earlier push that were taken away.
     """
 
     commit: str

@@ -77,7 +77,8 @@ def plain() -> dict:
 
 
 def pull_request() -> dict:
-    HUB.commit("team/pr", {"model-00001-of-00009.safetensors": b"old", "old_alibi.py": b"", "a/model.safetensors": b""})
+    old = ("model-00001-of-00009.safetensors", "old_alibi.py", "adapter_config.json", "retrofit.json")
+    HUB.commit("team/pr", dict.fromkeys((*old, "a/model.safetensors", "evaluation.json"), b"old"))
     before = HUB.files("team/pr")
     report, _ = push("team/pr", create_pr=True)
     number = [request.revision for request in HUB.pull_requests("team/pr")]

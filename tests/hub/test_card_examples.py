@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from alibi_hf import AlibiConfig
+from alibi_hf import AlibiConfig, AlibiForCausalLM
 from alibi_hf.hub import write_card
 from tests.hub.carded import blocks, change, converted
 from tests.model.test_remote_code import HEADS
@@ -14,10 +14,10 @@ from tests.model.test_remote_code import HEADS
 PLACE = '"path/to/this/folder"'
 
 
-def run(folder, only=slice(None)):
+def run(folder, only=slice(None), count=5):
     """Paste the blocks of the folder's card, and return what they leave."""
     made = blocks((folder / "README.md").read_text(encoding="utf-8"))
-    assert len(made) == 5 and PLACE in made[0]
+    assert len(made) == count and PLACE in made[0]
     session: dict = {}
     for block in made[only]:
         exec(compile(block.replace(PLACE, repr(str(folder))), "README.md", "exec"), session)
@@ -58,6 +58,30 @@ def test_of_the_other_heads(auto, tmp_path, capsys):
     assert f"from transformers import {auto.__name__}" in text and "generate(" not in text
     assert type(run(folder)["model"]).__name__ == HEADS[auto].__name__
     assert "torch.Size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"learned_positions": True}, "ALiBi (linear distance) and a table of learned embeddings"),
+        ({"learned_positions": True, "alibi": False}, "a table of learned embeddings"),
+        ({"sinusoidal_positions": True, "alibi": False}, "sinusoidal embeddings"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "alibi": False}, "rotary embeddings"),
+        ({"alibi": False}, "the causal mask alone"),
+    ],
+)
+def test_of_other_positions(fields, said, tmp_path):
+    """What a model with a ceiling cannot do is not promised."""
+    folder = converted(tmp_path / "folder")
+    config = AlibiConfig.from_dict({**AlibiConfig.from_pretrained(folder).to_dict(), **fields})
+    AlibiForCausalLM(config).save_pretrained(folder)
+    write_card(folder)
+    text, ceiling = (folder / "README.md").read_text(), config.learned_positions
+    assert f"Positions come from {said}; it was made for 64 tokens" in text
+    for words in ("Longer than it was trained on", "longer inputs are allowed", "it goes on with a notice"):
+        assert (words in text) is not ceiling
+    assert ("It reads no more than 64 tokens" in text) is ceiling
+    assert ("long" in run(folder, count=4 if ceiling else 5)) is not ceiling
 
 
 def test_without_the_package(tmp_path):

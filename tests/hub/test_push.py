@@ -157,7 +157,8 @@ def test_edited_weights_config_and_code_are_not_proved(folder: Path, no_prefligh
         with pytest.raises(NotProvedError, match=said):
             dry(folder)
         (folder / "config.json").write_text(config)
-    edit(folder / "config.json", eos_token_id=5)  # no logit depends on it
+    # No logit depends on these; and a label is no path.
+    edit(folder / "config.json", eos_token_id=5, id2label={"0": "/r/finland", "1": "other"})
     assert dry(folder).verdict == "proved"
     with (folder / "bias_alibi.py").open("a") as file:
         file.write("# mine\n")
@@ -302,8 +303,13 @@ def test_pull_request_and_branch(pushed: dict[str, Any]) -> None:
     request, branch = pushed["pull_request"], pushed["branch"]
     assert request["revisions"] == ["refs/pr/1", "refs/pr/1"]
     assert request["main"] and request["commits"] and request["again"]
-    assert request["deleted"] == ["model-00001-of-00009.safetensors", "old_alibi.py"]
-    assert request["left"] == [".gitattributes", "a/model.safetensors"]
+    assert request["deleted"] == [
+        "adapter_config.json",
+        "model-00001-of-00009.safetensors",
+        "old_alibi.py",
+        "retrofit.json",
+    ]
+    assert request["left"] == [".gitattributes", "a/model.safetensors", "evaluation.json"]
     assert request["url"].endswith("/team/pr/discussions/1")
     assert branch["main"] == [".gitattributes"] and branch["revision"] == "try/this"
     assert branch["titles"][1:] == ["a try", "Add the card"]

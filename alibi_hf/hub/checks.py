@@ -1,16 +1,18 @@
-"""What is checked in a folder before anything of it leaves: layout, secrets, paths. Nothing of it is run."""
+"""What is checked in a folder before anything of it leaves: layout, secrets, card, paths. Nothing of it is run."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
+from huggingface_hub import ModelCard, get_token
 from transformers.dynamic_module_utils import get_relative_import_files
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.own_config import read_own_config
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, SecretError
+from alibi_hf.errors import CheckpointFileError, ConfigFieldError, SecretError, in_one_line
+from alibi_hf.hub.card import CARD
 from alibi_hf.hub.contents import CONFIG, Contents
 from alibi_hf.hub.proof import CONVERSION, RETROFIT, VERIFICATION, first_difference
 from alibi_hf.model.configuration_alibi import AUTO_MAP
@@ -58,14 +60,14 @@ def _check_code(folder: Path) -> None:
 
 
 def check_secrets(contents: Contents, token: str | bool | None) -> None:
-    """Refuse a file that holds the token in use, or anything shaped like one; weights are not looked into.
+    """Refuse a file that holds the token in use, or anything shaped like one; of weights their header is looked into.
 
     Raises:
         SecretError: naming the file and the place, never the token.
     """
     own = token if isinstance(token, str) else get_token()
-    for name in sorted(contents.names - set(contents.weights)):
-        data = contents.path(name).read_bytes()
+    for name in sorted(contents.names):
+        data = _header(contents.path(name)) if name in contents.weights else contents.path(name).read_bytes()
         found = _TOKEN.search(data)
         place = found.start() if found else data.find(own.encode()) if own else -1
         if place >= 0:
@@ -74,6 +76,28 @@ def check_secrets(contents: Contents, token: str | bool | None) -> None:
                 f"{contents.path(name)} holds what looks like a Hugging Face token, in line {line}. Remove it, and "
                 f"revoke it if it is one: it may have been copied elsewhere. Nothing was uploaded."
             )
+
+
+def _header(path: Path) -> bytes:
+    """The header of a safetensors file, which holds what its writer noted beside the tensors; it was read before."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def check_card(contents: Contents) -> None:
+    """Refuse a card whose metadata cannot be read: the Hub would, when the model is there already.
+
+    Raises:
+        CheckpointFileError: saying what is wrong in it.
+    """
+    if CARD in contents.names:
+        try:
+            ModelCard(contents.path(CARD).read_text(encoding="utf-8"))
+        except (ValueError, TypeError, YAMLError) as error:
+            raise CheckpointFileError(
+                f"the metadata of {contents.path(CARD)} cannot be read ({in_one_line(error)}). Correct what is between "
+                f"its --- lines, or take the card away, and it is made again. Nothing was uploaded."
+            ) from error
 
 
 def local_paths(contents: Contents) -> list[str]:
@@ -99,4 +123,4 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(entry, name)
 
 
-__all__ = ["check_layout", "check_secrets", "local_paths"]
+__all__ = ["check_card", "check_layout", "check_secrets", "local_paths"]

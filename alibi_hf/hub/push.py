@@ -9,7 +9,7 @@ from alibi_hf.checkpoints.options import Progress
 from alibi_hf.errors import CheckpointFileError, NotProvedError
 from alibi_hf.hub.card import CARD, write_card
 from alibi_hf.hub.card_facts import CardFacts
-from alibi_hf.hub.checks import check_layout, check_secrets, local_paths
+from alibi_hf.hub.checks import check_card, check_layout, check_secrets, local_paths
 from alibi_hf.hub.contents import Contents, list_contents, stage
 from alibi_hf.hub.preflight import preflight
 from alibi_hf.hub.report import Push
@@ -104,6 +104,7 @@ def _checked(folder: Path, token: str | bool | None, unverified: bool) -> tuple[
     check_layout(folder)
     contents = list_contents(folder)
     check_secrets(contents, token)
+    check_card(contents)
     facts = CardFacts.read(folder)
     if (reason := facts.why_not_proved) and not unverified:
         raise NotProvedError(

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from alibi_hf.errors import AlibiError, HubError, in_one_line
+from alibi_hf.errors import AlibiError, HubError, in_one_line, redact
 from alibi_hf.hub.card import CARD
 from alibi_hf.hub.contents import Contents, stale
 
@@ -170,8 +170,9 @@ def _named_errors(target: Target) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise HubError(_without_token(_describe(error, target), target)) from None
     except Exception as error:  # sockets, timeouts, a card that the Hub refuses: the client raises many kinds
-        advice = "" if isinstance(error, ValueError) else _AGAIN
-        said = f"pushing to {target.repo_id} at {ENDPOINT} failed ({in_one_line(error)}). {advice}".strip()
+        refused = isinstance(error, ValueError)  # with its reasons in the lines after the first
+        reason, advice = (" ".join(redact(str(error)).split()), "") if refused else (in_one_line(error), _AGAIN)
+        said = f"pushing to {target.repo_id} at {ENDPOINT} failed ({reason}). {advice}".strip()
         raise HubError(_without_token(said, target)) from None
 
 

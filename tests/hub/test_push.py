@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import alibi_hf
@@ -224,6 +225,22 @@ def test_tokens_are_not_published(folder: Path, no_preflight: None, name: str) -
     with pytest.raises(SecretError, match=f"{name} holds what looks like") as caught:
         dry(folder, unverified=True)
     assert TOKEN not in str(caught.value)
+
+
+def test_a_token_that_a_writer_noted_in_the_weights_is_not_published(folder: Path, no_preflight: None) -> None:
+    shard = folder / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard), shard, metadata={"format": "pt", "command": f"train --token {TOKEN}"})
+    with pytest.raises(SecretError, match="model-00001-of-00002.safetensors holds what looks like"):
+        dry(folder, unverified=True)
+
+
+@pytest.mark.parametrize("metadata", ["license: [", "model-index: 3", "- license"])
+def test_a_card_that_the_hub_cannot_read_is_refused_before_the_model_goes(
+    folder: Path, no_preflight: None, metadata: str
+) -> None:
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
+    with pytest.raises(CheckpointFileError, match=r"metadata of .*README.md cannot be read.*Nothing was uploaded"):
+        dry(folder)
 
 
 def test_the_token_in_use_is_not_published(folder: Path, no_preflight: None) -> None:

@@ -2,8 +2,14 @@
 
 import re
 
-# Tokens of the Hugging Face Hub, and what stands before the @ of a URL.
-_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+# Tokens of the Hugging Face Hub: of users and organisations, and of sign-ins, which have dots. In a URL %20 or the like
+# may stand before them.
+TOKEN = re.compile(
+    r"(?:(?<![A-Za-z0-9_])|(?<=%[0-9A-Fa-f]{2}))"
+    r"(?:hf_(?:oauth|jwt)_[\w.-]{19,}\w|(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{20,})",
+    re.ASCII,
+)
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # user and password in a URL
 _LONGEST, _END = 2000, 500  # characters of a message, and of its end, which says what to do
 
 
@@ -52,7 +58,7 @@ class HubError(AlibiError):
 
 def redact(text: str) -> str:
     """Return a text with "[hidden]" for each token of the Hub, and for user and password in a URL."""
-    return _SECRET.sub("[hidden]", text)
+    return _LOGIN.sub("[hidden]", TOKEN.sub("[hidden]", text))
 
 
 def printable(text: str) -> str:
@@ -72,6 +78,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 __all__ = [
+    "TOKEN",
     "AlibiError",
     "CheckpointFileError",
     "ConfigFieldError",

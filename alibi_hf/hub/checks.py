@@ -11,13 +11,13 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.own_config import read_own_config
-from alibi_hf.errors import CheckpointFileError, ConfigFieldError, SecretError, in_one_line
+from alibi_hf.errors import TOKEN, CheckpointFileError, ConfigFieldError, SecretError, in_one_line
 from alibi_hf.hub.card import CARD
 from alibi_hf.hub.contents import CONFIG, Contents
 from alibi_hf.hub.proof import CONVERSION, RETROFIT, VERIFICATION, first_difference
 from alibi_hf.model.configuration_alibi import AUTO_MAP
 
-_TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(TOKEN.pattern.encode())
 _PATH = re.compile(r"(/|~/|\\\\|[A-Za-z]:[\\/]|file:).+", re.DOTALL)
 _SAVE_AGAIN = "load it with this package and save it again (save_pretrained), which writes config and code"
 

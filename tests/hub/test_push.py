@@ -220,11 +220,12 @@ def test_a_folder_that_would_not_load_is_refused(
 
 @pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "layers_alibi.py", "LICENSE"])
 def test_tokens_are_not_published(folder: Path, no_preflight: None, name: str) -> None:
-    with (folder / name).open("a") as file:
-        file.write(f"\n# {TOKEN}\n")
-    with pytest.raises(SecretError, match=f"{name} holds what looks like") as caught:
-        dry(folder, unverified=True)
-    assert TOKEN not in str(caught.value)
+    before = (folder / name).read_text()
+    for token in (TOKEN, "api_org_" + TOKEN[3:]):
+        (folder / name).write_text(f"{before}\n# {token}\n")
+        with pytest.raises(SecretError, match=f"{name} holds what looks like") as caught:
+            dry(folder, unverified=True)
+        assert token not in str(caught.value)
 
 
 def test_a_token_that_a_writer_noted_in_the_weights_is_not_published(folder: Path, no_preflight: None) -> None:

@@ -135,11 +135,14 @@ def test_no_verb_shows_the_token(hub: tuple[str, list[str]], folders: Folders, t
     assert any("[hidden]" in command for command in commands_written)
 
 
-@pytest.mark.parametrize(
-    "text", [TOKEN, f"a {TOKEN}.", f"--token={TOKEN}", f"https://{TOKEN}@hub/x", "api_org_" + "a" * 34]
-)
+SIGN_IN = "hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6WyJvcGVuaWQiXX0.abc-DEF_ghi"
+SHOWN = [TOKEN, f"a {TOKEN}.", f"--token={TOKEN}", f"https://{TOKEN}@hub/x", f"https://hub/x?token%3D{TOKEN}"]
+SHOWN += ["api_org_" + "a" * 34, SIGN_IN, SIGN_IN.replace("oauth", "jwt") + "."]
+
+
+@pytest.mark.parametrize("text", SHOWN)
 def test_errors_and_commands_hide_tokens(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = TOKEN if TOKEN in text else "a" * 34
+    secret = next(part for part in (TOKEN, "a" * 34, "abc-DEF_ghi") if part in text)
     for error in (AlibiError, CheckpointFileError, UnsafeSourceError):
         raised = error(f"cannot read {text}")
         assert secret not in str(raised) and secret not in repr(raised) and "[hidden]" in str(raised)

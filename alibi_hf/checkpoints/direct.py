@@ -17,9 +17,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from alibi_hf.checkpoints.fetch import fetch
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.megatron import layer_files
-from alibi_hf.checkpoints.own_config import own_config
+from alibi_hf.checkpoints.own_config import own_config, require_no_adapter
 from alibi_hf.checkpoints.rules import Copy
-from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS
+from alibi_hf.checkpoints.shards import PICKLES, SAFETENSORS, require_files_beside
 from alibi_hf.checkpoints.source import PATTERNS, Checkpoint, check_generation, check_rounding, map_config, with_fields
 from alibi_hf.errors import AlibiError, CheckpointFileError, TensorError
 from alibi_hf.families import find_family
@@ -30,7 +30,6 @@ _LOADING = threading.Lock()  # the conversions are registered by name for the wh
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 # Attributes of a config that from_pretrained takes for itself.
 _NOT_FIELDS = ("dtype", "torch_dtype", "name_or_path", "attn_implementation", "architectures", "model_type")
-ADAPTER = "adapter_config.json"
 _HEADS = (*NEW_HEADS, "classifier.")  # ours, and upstream's name for another
 
 
@@ -64,11 +63,7 @@ def load_foreign(cls: type[AlibiPreTrainedModel], source: Any, *args: Any, **kwa
             f"{source} holds Megatron-DeepSpeed's layer files, which Transformers' loader cannot put together. Convert "
             f"them first (alibi-hf convert --allow-pickle) and load the result."
         )
-    if (folder / ADAPTER).exists():
-        raise CheckpointFileError(
-            f"{folder / ADAPTER}: PEFT's adapter would be put on the model in loading. Move its files to a folder of "
-            f"their own, and load it with peft.PeftModel.from_pretrained."
-        )
+    require_no_adapter(folder)
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle, need_head=False)
     _need_metadata(folder)
     _refuse_quantising(checkpoint, kwargs)
@@ -126,10 +121,13 @@ def _folder(source: Any, hub: dict[str, Any], allow_pickle: bool) -> Path:
 
 
 def _check_own(source: Any, raw: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
-    """Refuse a bad config.json in our own layout by name, before Transformers reads it."""
-    if raw is not None and raw.get("model_type") == AlibiConfig.model_type and kwargs.get("config") is None:
+    """Refuse a bad config.json or index in our own layout by name, before Transformers reads it."""
+    if raw is None or raw.get("model_type") != AlibiConfig.model_type:
+        return
+    folder = Path(source).expanduser() / (kwargs.get("subfolder") or "")
+    require_files_beside(folder)
+    if kwargs.get("config") is None:
         own_config(raw, f"config.json of {source}")
-        folder = Path(source).expanduser() / (kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_generation(folder, raw)
 

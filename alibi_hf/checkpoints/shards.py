@@ -114,14 +114,28 @@ def _find(folder: Path, names: tuple[str, str]) -> tuple[Path, dict[str, Any] | 
     return None
 
 
-def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) -> dict[str, TensorInfo]:
+def require_files_beside(folder: Path) -> None:
+    """`CheckpointFileError` where an index of `folder`, of any variant, names a file that is not beside it."""
+    for kind in ("safetensors", "bin"):
+        for path in sorted(folder.glob(f"*.{kind}.index*.json")):
+            _weight_map(path, read_json(path))
+
+
+def _weight_map(entry: Path, index: dict[str, Any]) -> dict[str, str]:
+    """The file of each tensor by the index `entry`, which may name files beside it and no paths."""
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointFileError(f"{entry} has no weight_map of tensor names to file names.")
-    tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(mapping.values())):
         if Path(file).name != file or "\\" in file or file in ("", ".", "..") or len(file) > _LONGEST_NAME:
             raise CheckpointFileError(f"{entry} names the file {file!r:.300}; only files beside the index are read.")
+    return mapping
+
+
+def _check_index(folder: Path, entry: Path, index: dict[str, Any], read: Any) -> dict[str, TensorInfo]:
+    mapping = _weight_map(entry, index)
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(mapping.values())):
         held = read(folder / file)
         if doubled := sorted(held.keys() & tensors.keys()):
             raise CheckpointFileError(f"{file} and {tensors[doubled[0]].shard.name} both hold {doubled[0]}.")
@@ -336,6 +350,7 @@ __all__ = [
     "load_pickle",
     "main_dtype",
     "read_json",
+    "require_files_beside",
     "require_pickle_allowed",
     "sha256_of",
 ]

@@ -22,8 +22,9 @@ from alibi_hf.checkpoints.carried import require_own_tokenizer, tokenizer_code
 from alibi_hf.checkpoints.fetch import fetch
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.options import parse_dtype
+from alibi_hf.checkpoints.own_config import require_no_adapter
 from alibi_hf.checkpoints.reading import FileState
-from alibi_hf.checkpoints.shards import load_pickle
+from alibi_hf.checkpoints.shards import load_pickle, require_files_beside
 from alibi_hf.checkpoints.source import Checkpoint, locate
 from alibi_hf.errors import (
     AlibiError,
@@ -206,6 +207,8 @@ def _find(model: str, name: str, options: Options) -> Subject:
         raise CheckpointFileError(f"{bare} is a file, not a model; a text is given with --text, each with its own.")
     folder, commit = locate(bare, options.revision, options.allow_pickle)
     raw = read_json(folder / "config.json")
+    require_no_adapter(folder)
+    require_files_beside(folder)
     subject = Subject(name, model, folder, commit, upstream=bare != model or not _is_ours(raw), raw=raw)
     if options.trust_remote_code and (code := own_code(subject)):
         _check_pinned(subject, code, options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -89,6 +90,26 @@ def test_an_index_that_leads_out(folders: Folders, tmp_path: Path, name: str) ->
         ):
             refused(call, CheckpointFileError, "only files beside the index|missing|is no file|as JSON", tmp_path)
         (folder / file).unlink()
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "absolute"])
+@pytest.mark.parametrize("index", [INDEX, "model.safetensors.index.fp16.json"])
+def test_an_index_of_our_own_layout_that_leads_out(folders: Folders, tmp_path: Path, name: str, index: str) -> None:
+    """Transformers' loader would follow it; so it would in the class of upstream."""
+    ours, theirs = folders.copy(tmp_path / "ours", folders.converted), folders.copy(tmp_path / "theirs")
+    for folder in (ours, theirs):
+        shutil.move(folder / WEIGHTS, tmp_path / "outside.safetensors")
+        save_file({"none": torch.ones(1)}, folder / "decoy.safetensors")
+        names = dict.fromkeys(load_file(tmp_path / "outside.safetensors"), name.replace("absolute", f"{tmp_path}/x"))
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    variant = "fp16" if "fp16" in index else None
+    for call in (
+        lambda: alibi_hf.AlibiForCausalLM.from_pretrained(ours, variant=variant),
+        lambda: alibi_hf.AlibiModel.from_pretrained(tmp_path, subfolder="ours", variant=variant),
+        lambda: alibi_hf.evaluate(ours, folders.text, [16]),
+        lambda: alibi_hf.evaluate(f"upstream:{theirs}", folders.text, [16]),
+    ):
+        refused(call, CheckpointFileError, "only files beside the index", tmp_path)
 
 
 def test_an_index_beside_its_shard_is_read(folders: Folders, tmp_path: Path) -> None:

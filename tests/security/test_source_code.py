@@ -192,6 +192,23 @@ def test_an_adapter_is_not_put_on_the_model(folders: Folders, tmp_path: Path) ->
     edit(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path="other/model", megatron_core="evil")
     with pytest.raises(CheckpointFileError, match=r"adapter_config\.json"):
         alibi_hf.AlibiForCausalLM.from_pretrained(folder)
+    for model in (folder, f"upstream:{folder}"):
+        with pytest.raises(CheckpointFileError, match=r"adapter_config\.json"):
+            alibi_hf.evaluate(model, folders.text, [16])
+
+
+def test_what_an_adapter_changes_is_not_measured_as_the_weights(folders: Folders, tmp_path: Path) -> None:
+    """Transformers puts the adapter on a model that is loaded; a proof or an export reads the weights alone."""
+    folder = folders.copy(tmp_path / "ours", folders.converted)
+    edit(folder / "adapter_config.json", peft_type="LORA", target_modules=["q_proj"])
+    for call in (
+        lambda: alibi_hf.verify(folders.source, folder, only=("tensors",)),
+        lambda: alibi_hf.export(folder, tmp_path / "back", "bloom"),
+        lambda: alibi_hf.evaluate(folder, folders.text, [16]),
+        lambda: alibi_hf.reach(folder, folders.text, lengths=[16]),
+    ):
+        with pytest.raises(CheckpointFileError, match=r"adapter_config\.json"):
+            call()
 
 
 @pytest.mark.parametrize("name", ["evil/kernel", "evil/flash-attn", "kernels-community/attention@v1:function"])

@@ -57,6 +57,11 @@ def copy_carried(source: Path, files: Iterable[Path], folder: Path) -> None:
             _clean_settings(folder / relative)
 
 
+def carried_bytes(folder: Path, files: Iterable[Path]) -> int:
+    """The bytes that copying `files` of `folder` takes."""
+    return sum((folder / file).stat().st_size for file in files)
+
+
 def _clean_settings(path: Path) -> None:
     settings = read_json(path)
     dropped = ("auto_map", "init_inputs")
@@ -122,6 +127,7 @@ def _leads_out(folder: Path, path: str) -> bool:
 
 __all__ = [
     "CARRIED",
+    "carried_bytes",
     "carried_files",
     "copy_carried",
     "require_inside",

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from alibi_hf.checkpoints.carried import carried_bytes
 from alibi_hf.checkpoints.conversion import own_command, versions
 from alibi_hf.checkpoints.export_folder import plan_folder
 from alibi_hf.checkpoints.export_gguf import plan_gguf
@@ -137,14 +138,14 @@ def export(
     source = Converted.open(folder)
     keep_apart(source.path, out)
     source.check_tie()
-    source.carried_files()  # refused before the weights are written
+    carried = source.carried_files()  # refused before the weights are written
     plan: Plan
     if to == "gguf":
         plan = plan_gguf(source, dtype, tokenizer, allow_nonfinite)
     else:
         plan = plan_folder(source, to, dtype, parse_size(max_shard_size), allow_nonfinite)
     with appearing(out, overwrite) as partial:
-        check_disk(partial, plan.bytes + SLACK)
+        check_disk(partial, plan.bytes + (0 if to == "gguf" else carried_bytes(source.path, carried)) + SLACK)
         files = plan.write(partial, progress)
         report = Export(
             output_path=out,

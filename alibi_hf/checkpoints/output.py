@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from alibi_hf.checkpoints.carried import carried_bytes
 from alibi_hf.checkpoints.companions import generation_config, write_companions, write_config
 from alibi_hf.checkpoints.conversion import versions
 from alibi_hf.checkpoints.options import SLACK, Progress, cast, keep_apart, parse_dtype
@@ -89,14 +90,15 @@ def writing(checkpoint: Checkpoint, out: Path, options: WriteOptions) -> Iterato
         AlibiError: its subclasses, about the source, the target folder, or the disk; nothing is left behind then.
     """
     keep_apart(checkpoint.path, out)
-    _ = checkpoint.carried_files(), generation_config(checkpoint)  # refused before the weights are written
+    carried, _ = checkpoint.carried_files(), generation_config(checkpoint)  # refused before the weights are written
     target, entries, threads = options.target, _entries(checkpoint, options.target), _workers(checkpoint, options)
     journal = _journal(checkpoint, partial_of(out), options)
     if options.resume:
         journal.read()
     make = partial(_convert_group, checkpoint, target=target, allow_nonfinite=options.allow_nonfinite)
     with appearing(out, options.overwrite, options.resume) as folder:
-        check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + SLACK)
+        beside = carried_bytes(checkpoint.path, carried) + SLACK
+        check_disk(folder, sum(entry.bytes for entry in entries) - journal.bytes + beside)
         journal.write()
         _check_tied(checkpoint, options.allow_nonfinite)
         used = [group for group in checkpoint.groups if group.fate == "used"]

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 FILE = "README.md"
+_LONGEST = 1 << 20  # bytes; published cards have a tenth of it
 FIELDS = ("license", "license_name", "license_link", "language", "datasets")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029]")
 
@@ -15,10 +16,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029]")
 def read_source_card(folder: Path) -> dict[str, str | list[str]]:
     """The fields of `FIELDS` that the card of `folder` gives, each one line of text or a list of such lines.
 
-    A card that is missing or unreadable says nothing, and so does a value of any other kind.
+    A card that is missing, unreadable or absurdly long says nothing, and so does a value of any other kind.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > _LONGEST:
         return {}
     try:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from alibi_hf.checkpoints.convert import convert
+from alibi_hf.checkpoints.export import export
 from alibi_hf.checkpoints.inspect import inspect_checkpoint
 from alibi_hf.checkpoints.json_files import MAX_DEPTH, MAX_JSON, parse_json, read_json
 from alibi_hf.checkpoints.resume import Journal
 from alibi_hf.checkpoints.shards import load_pickle, safetensors_shard
 from alibi_hf.checkpoints.source import Checkpoint
+from alibi_hf.checkpoints.source_card import read_source_card
 from alibi_hf.checkpoints.writer import JOURNAL, Entry, _header
 from alibi_hf.errors import AlibiError, CheckpointFileError, ConfigFieldError, TensorError
 from alibi_hf.model.configuration_alibi import LARGEST, AlibiConfig
@@ -59,6 +62,27 @@ def test_a_sparse_file_is_not_written_to_a_disk_that_cannot_hold_it(terabyte, tm
     with pytest.raises(CheckpointFileError, match="writing needs 137.* GB, .* has 107.* GB free"):
         convert(terabyte, tmp_path / "out", verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE"])
+def test_a_sparse_file_beside_the_weights_is_not_copied_to_a_disk_that_cannot_hold_it(tmp_path, monkeypatch, name):
+    source, ours = bloom(tmp_path / "source"), tmp_path / "ours"
+    convert(source, ours, verify=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200 << 20))
+    for folder, write in ((source, partial(convert, verify=False)), (ours, partial(export, to="bloom"))):
+        (folder / name).touch()
+        os.truncate(folder / name, 256 << 20)
+        with pytest.raises(CheckpointFileError, match="writing needs 0.33 GB, .* has 0.21 GB free"):
+            write(folder, tmp_path / "out")
+        (folder / name).unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+
+
+def test_an_endless_card_is_not_read(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert read_source_card(tmp_path) == {"license": "mit"}
+    os.truncate(tmp_path / "README.md", 2 << 20)
+    assert read_source_card(tmp_path) == {}
 
 
 def test_sizes_as_large_as_allowed_are_compared_with_the_file(tmp_path):

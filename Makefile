@@ -25,7 +25,7 @@ test: check
 # The wheel, and what saved folders compute in environments without this package. FULL=1: more of Transformers, torch and
 # Python, gigabytes of them. RECORD=1 puts the rows into the README.
 test-matrix: $(VENV)/.dev
-	$(VENV)/bin/python -m tests.matrix $(if $(FULL),--full) $(if $(RECORD),--record)
+	$(VENV)/bin/python -m tests.matrix $(if $(filter-out 0,$(FULL)),--full) $(if $(filter-out 0,$(RECORD)),--record)
 
 # The same tests with the oldest Transformers that is supported.
 test-oldest: $(OLDEST)/.dev

@@ -112,7 +112,7 @@ def options(command: Any, function: Callable) -> dict[str, str]:
 def exit_statuses() -> dict[str, int]:
     """Return the exit status of the command line for each error that it knows."""
     found = {}
-    raised = [getattr(errors, name) for name in errors.__all__ if name[0].isupper()]
+    raised = [each for name in errors.__all__ if inspect.isclass(each := getattr(errors, name))]
     for error in (*raised, alibi_hf.NotEnoughMemoryError, OSError):
         try:
             with cli_running.errors():

@@ -8,8 +8,9 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from alibi_hf.checkpoints.json_files import read_json
 from alibi_hf.checkpoints.writer import write_json
@@ -30,6 +31,7 @@ CARRIED = (
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 _KINDS = (".json", ".txt", ".model", ".jinja")
+_NO_LICENCE = (".py", ".pyc", ".so", ".dll", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 
 
 def carried_files(folder: Path, patterns: Iterable[str] = CARRIED) -> list[Path]:
@@ -45,7 +47,7 @@ def carried_files(folder: Path, patterns: Iterable[str] = CARRIED) -> list[Path]
 
 
 def _travels(path: Path) -> bool:
-    return path.suffix in _KINDS or (path.name.startswith("LICENSE") and path.suffix != ".py")
+    return path.suffix in _KINDS or (path.name.startswith("LICENSE") and path.suffix.lower() not in _NO_LICENCE)
 
 
 def copy_carried(source: Path, files: Iterable[Path], folder: Path) -> None:
@@ -64,15 +66,20 @@ def carried_bytes(folder: Path, files: Iterable[Path]) -> int:
 
 def _clean_settings(path: Path) -> None:
     settings = read_json(path)
-    dropped = ("auto_map", "init_inputs")
-    kept = {name: value for name, value in settings.items() if name not in dropped and not _names_file(name)}
+    dropped = {"auto_map", "init_inputs", *(name for name in settings if name.endswith("_file"))}
+    dropped |= {name for name, value in _named_files(settings) if Path(value).name != value}
+    kept = {name: value for name, value in settings.items() if name not in dropped}
     if kept != settings:
         write_json(path, kept)
 
 
-def _names_file(setting: str) -> bool:
-    """Whether a setting is one of those that hold a path: tokenizer_file, vocab_file, ..."""
-    return setting.endswith("_file")
+def _named_files(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each file that a tokenizer's settings name: tokenizer_file, vocab_file, ..., fast_tokenizer_files, init_inputs."""
+    for name, value in settings.items():
+        if name == "init_inputs" or name.endswith(("_file", "_files")):
+            yield from (
+                (name, each) for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)
+            )
 
 
 def tokenizer_code(folder: Path) -> str:
@@ -106,11 +113,8 @@ def require_own_tokenizer(folder: Path) -> None:
     carried_files(folder)
     for name in TOKENIZER_SETTINGS:
         settings = read_json(folder / name) if (folder / name).is_file() else {}
-        listed = settings.get("init_inputs")
-        named = [(setting, value) for setting, value in settings.items() if _names_file(setting)]
-        named += [("init_inputs", value) for value in (listed if isinstance(listed, list) else [])]
-        for setting, value in named:
-            if isinstance(value, str) and _leads_out(folder, value):
+        for setting, value in _named_files(settings):
+            if _leads_out(folder, value):
                 raise UnsafeSourceError(
                     f"{folder / name} names the file {value!r} ({setting}), outside the folder; remove the setting, "
                     f"the tokenizer's own files are found by their names."

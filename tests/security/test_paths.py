@@ -237,6 +237,34 @@ def test_a_tokenizer_that_names_a_file_elsewhere(
     assert not holds(tmp_path / "out", SECRET)
 
 
+@pytest.mark.parametrize("name", ["../home/tokenizer.4.0.0.json", "absolute"])
+def test_a_tokenizer_that_lists_files_elsewhere(folders: Folders, tmp_path: Path, secret: Path, name: str) -> None:
+    """Transformers takes the newest of `fast_tokenizer_files`, wherever its name leads."""
+    folder, other = folders.copy(tmp_path / "source"), secret.parent / "tokenizer.4.0.0.json"
+    (folder / "tokenizer.json").rename(other)
+    shutil.copyfile(other, folder / "tokenizer.json")
+    edit(
+        folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json", name.replace("absolute", str(other))]
+    )
+    with pytest.raises(UnsafeSourceError, match="fast_tokenizer_files"):
+        require_own_tokenizer(folder)
+    alibi_hf.convert(folder, tmp_path / "out", verify=False)
+    assert "fast_tokenizer_files" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    edit(folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"])
+    require_own_tokenizer(folder)
+    alibi_hf.convert(folder, tmp_path / "plain", verify=False)
+    assert "fast_tokenizer_files" in json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
+
+
+def test_only_texts_are_licences(folders: Folders, tmp_path: Path) -> None:
+    folder = folders.copy(tmp_path / "source")
+    kept, left = ["LICENSE", "LICENSE.md", "LICENSE-2.0"], ["LICENSE.py", "LICENSE.PY", "LICENSE.bin", "LICENSE.so"]
+    for name in (*kept, *left, "LICENSE.safetensors"):
+        (folder / name).write_text("text")
+    alibi_hf.convert(folder, tmp_path / "out", verify=False)
+    assert sorted(path.name for path in (tmp_path / "out").glob("LICENSE*")) == sorted(kept)
+
+
 def test_settings_of_the_machine_that_a_tokenizer_was_made_on(folders: Folders, tmp_path: Path) -> None:
     """Published tokenizers are full of them; they name nothing here."""
     folder = folders.copy(tmp_path / "source")

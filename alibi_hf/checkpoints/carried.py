@@ -74,12 +74,11 @@ def _clean_settings(path: Path) -> None:
 
 
 def _named_files(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each file that a tokenizer's settings name: tokenizer_file, vocab_file, ..., fast_tokenizer_files, init_inputs."""
+    """Each file that a tokenizer's settings name: in vocab_file and the like, fast_tokenizer_files, and init_inputs."""
     for name, value in settings.items():
         if name == "init_inputs" or name.endswith(("_file", "_files")):
-            yield from (
-                (name, each) for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)
-            )
+            listed = value if isinstance(value, list) else [value]
+            yield from ((name, each) for each in listed if isinstance(each, str))
 
 
 def tokenizer_code(folder: Path) -> str:

@@ -45,6 +45,7 @@ LARGEST = {
     "max_position_embeddings": 2**31 - 1,
 }
 MAX_LABELS = 2**16
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that torch makes a model in
 
 # Older places of what is in `rope_parameters`, which Transformers would read and then drop.
 ROPE_ELSEWHERE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -230,8 +231,8 @@ class AlibiConfig(PreTrainedConfig):
         named, dtype = self.architectures, self.dtype
         if isinstance(dtype, str):  # a model that is saved puts its name here
             dtype = getattr(torch, dtype, dtype)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype={dtype!r:.200} is no floating-point dtype of torch.")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r:.200} is none of float64, float32, bfloat16 and float16.")
         if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
             raise ValueError(f"architectures={named!r:.200} is no list of class names.")
         for part in ("decoder", "generator", "text_config", "text_encoder"):

@@ -271,6 +271,7 @@ def ours() -> Iterator[Attack]:
         "num_labels": {"num_labels": 10**9},
         "alibi_slopes": {"alibi_slopes": [0.5] * 10**5},
         "dtype": {"dtype": True},
+        "dtype=torch.float8": {"dtype": "float8_e4m3fn"},
         "architectures": {"architectures": 7},
     }
     for name, fields in changes.items():

@@ -42,7 +42,7 @@ def test_nothing_is_left_or_changed(results):
 
 def test_little_memory_and_time(results):
     assert [found for found in results if found.seconds > SECONDS] == []
-    assert 0 < sum(found.grown for found in results) < PEAK
+    assert sum(found.grown for found in results) < PEAK  # none where importing took more
 
 
 def test_no_memory_error_is_taken_for_a_refusal(results):

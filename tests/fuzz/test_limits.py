@@ -177,7 +177,6 @@ def test_two_layer_files_of_one_rank(tmp_path):
     "left",
     [
         {"plan": {"files": [], "options": 7}, "finished": []},
-        {"plan": {"files": [], "options": {}}, "finished": [{"name": "a"}]},
         {"plan": {"files": [], "options": {}}, "finished": [{"name": "a", "bytes": "x"}]},
         {"plan": {"files": [{"name": "a", "odd": 1}], "options": {}}, "finished": []},
         {"plan": [], "finished": []},
@@ -187,6 +186,14 @@ def test_a_journal_that_is_none(tmp_path, left):
     (tmp_path / JOURNAL).write_text(json.dumps(left))
     with pytest.raises(CheckpointFileError, match="is no journal of this version"):
         Journal(tmp_path, [], {}).read()
+
+
+def test_a_shard_without_a_size_is_not_finished(tmp_path):
+    (tmp_path / JOURNAL).write_text('{"plan": {"files": [], "options": {}}, "finished": [{"name": "a"}]}')
+    (tmp_path / "a").write_text("a shard")
+    journal = Journal(tmp_path, [], {})
+    journal.read()
+    assert journal.intact("a") is None and journal.bytes == 0
 
 
 @pytest.mark.parametrize("text", ["0", '{"max_new_tokens": ""}'])

@@ -188,7 +188,7 @@ def test_nothing_is_left_of_folders_made_for_a_failed_output(tmp_path):
     [
         ({"architectures": 3}, "config.json"),
         ({"torch_dtype": "nn", "dtype": None}, "nn"),
-        ({"logit_scale": float("inf")}, "logit_scale"),
+        ({"logit_scale": float("inf")}, "Infinity is no number"),
         ({"emb_pdrop": 2.0}, "embedding_dropout"),
         ({"max_seq_len": 0}, "max_position_embeddings"),
         ({"head_dim": 0}, "head_dim"),

@@ -146,9 +146,14 @@ def test_evaluate_runs_it_when_asked_and_says_so(
     evil: Path, folders: Folders, marker: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (evil / "modeling_evil.py").write_text(
-        f"from transformers import BloomForCausalLM as Model\n\nopen({str(marker)!r}, 'w').close()\n"
+        # Classes of its own: Transformers marks those that it loads, for the rest of the process.
+        "from transformers import BloomForCausalLM\nfrom .configuration_evil import Config\n\n"
+        "class Model(BloomForCausalLM):\n    config_class = Config\n\n"
+        f"open({str(marker)!r}, 'w').close()\n"
     )
-    (evil / "configuration_evil.py").write_text("from transformers import BloomConfig as Config\n")
+    (evil / "configuration_evil.py").write_text(
+        "from transformers import BloomConfig\n\nclass Config(BloomConfig):\n    pass\n"
+    )
     tokens = {"tokenizer": folders.source}
     alibi_hf.evaluate(f"upstream:{evil}", folders.text, [16], **tokens)
     assert not marker.exists() and "modeling_evil" not in caplog.text

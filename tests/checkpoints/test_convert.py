@@ -283,7 +283,8 @@ class Outcome:
         self.proved = proved
 
     def save(self, directory):
-        (Path(directory) / "verification.json").write_text("{}")
+        verdict = "proved" if self.proved else "not proved"
+        (Path(directory) / "verification.json").write_text(json.dumps({"verdict": verdict}))
 
 
 @pytest.mark.parametrize(("proved", "words"), [(True, "**Verified**"), (False, "the verification failed")])

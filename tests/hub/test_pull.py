@@ -164,6 +164,8 @@ def test_faults_are_overcome_or_named_and_the_next_try_works(
         assert torch.equal(second, logits(models.converted)), name
         if "lost" in name:
             assert "500" in first
+        elif isinstance(first, str):  # clients differ in what they try again by themselves
+            assert any(status in first for status in ("429", "500", "503")), first
         else:
             assert torch.equal(first, second), name
 

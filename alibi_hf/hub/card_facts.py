@@ -22,6 +22,7 @@ from alibi_hf.families._about import About
 from alibi_hf.hub.proof import CONVERSION, RETROFIT, VERIFICATION, why_not_proved
 from alibi_hf.model.configuration_alibi import AlibiConfig
 from alibi_hf.verification.report import Check, Control
+from alibi_hf.verification.text import TOKENIZER_FILES
 
 EVALUATION, PICTURE = "evaluation.json", "evaluation.png"
 # The task of each class, as the Hub names it, and as PEFT does.
@@ -32,7 +33,6 @@ TASKS = {
     "AlibiForQuestionAnswering": ("question-answering", "QUESTION_ANS"),
     "AlibiModel": ("feature-extraction", "FEATURE_EXTRACTION"),
 }
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class CardFacts:
     @property
     def tokenizer(self) -> dict[str, Any] | None:
         """tokenizer_config.json; None where there is no tokenizer that loads without code of its own."""
-        if not any((self.folder / name).is_file() for name in _TOKENIZERS):
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
             return None
         path = self.folder / "tokenizer_config.json"
         settings = read_json(path) if path.is_file() else {}

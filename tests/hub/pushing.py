@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.hidden import hidden
 from tests.hub.server import READ_TOKEN, WRITE_TOKEN, LoopbackHub
 
 FOLDER, OUTPUT = map(Path, sys.argv[1:])
@@ -219,20 +220,10 @@ def trained():
 
 
 # Runs where the package cannot be found: what was pushed is loaded by its id, and one is pushed from there.
-LOADER = '''
+LOADER = """
 import json, sys
 from pathlib import Path
 
-
-class Hidden:
-    """Refuses the package by name."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "alibi_hf":
-            raise ImportError("alibi_hf is hidden")
-
-
-sys.meta_path.insert(0, Hidden())
 import torch, transformers
 
 torch.set_num_threads(1)
@@ -253,14 +244,11 @@ tokens = transformers.AutoTokenizer.from_pretrained("tester/plain", revision=com
 config = transformers.AutoConfig.from_pretrained("tester/config", trust_remote_code=True)
 said = {"equal": equal, "tokens": len(tokens), "config": type(config).__name__}
 (output / "loaded.json").write_text(json.dumps(said))
-'''
+"""
 
 
 def loaded() -> dict:
-    worker = OUTPUT / "loader.py"
-    worker.write_text(LOADER)
-    commit = found["plain"]["pushed"][0]
-    command = [sys.executable, worker, OUTPUT, commit]
+    command = hidden(LOADER, OUTPUT, found["plain"]["pushed"][0])
     environment = {"HF_MODULES_CACHE": str(OUTPUT / "modules"), "PYTHONPATH": ""}
     done = HUB.run(command, OUTPUT / "fresh", WRITE_TOKEN, env=environment, cwd=OUTPUT)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoTokenizer, MptForCausalLM
@@ -20,6 +21,7 @@ from tests.hub.server import READ_TOKEN, LoopbackHub
 
 pytestmark = pytest.mark.slow
 
+OLD_CLIENT = int(huggingface_hub.__version__.partition(".")[0]) < 2
 CLEAN = Path(__file__).with_name("clean_worker.py")
 PACKAGE = Path(__file__).with_name("package_worker.py")
 # Repositories of which one request each is answered with a fault, or two in turn; ours, then such as are upstream's.
@@ -164,7 +166,7 @@ def test_faults_are_overcome_or_named_and_the_next_try_works(
         assert torch.equal(second, logits(models.converted)), name
         if "lost" in name:
             assert "500" in first
-        elif isinstance(first, str):  # clients differ in what they try again by themselves
+        elif isinstance(first, str) and OLD_CLIENT:  # which tries fewer answers again by itself
             assert any(status in first for status in ("429", "500", "503")), first
         else:
             assert torch.equal(first, second), name
